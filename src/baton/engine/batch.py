@@ -74,7 +74,7 @@ class ForwardBatch:
     @property
     def is_decode(self) -> bool:
         """Every sequence has exactly one new token."""
-        return self.token_ids.shape[0] == self.query_lens.shape[0]
+        return len(self.token_ids) == len(self.query_lens)
 
 
 @dataclass(frozen=True, slots=True)

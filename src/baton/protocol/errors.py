@@ -18,7 +18,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     `code` is the HTTP status a client should see; `retryable` says whether the same request may succeed elsewhere.
     """
 
-    type: str  # noqa: A003 - the wire's name
+    type: str
     code: int
     message: str
     stage: Stage = "server"

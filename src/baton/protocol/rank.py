@@ -82,7 +82,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 class Finish(msgspec.Struct, frozen=True):
     """Why a sequence ended. `matched` is the stop token id; stop strings are matched by the HTTP process."""
 
-    type: Literal["stop", "length", "abort"]  # noqa: A003
+    type: Literal["stop", "length", "abort"]
     matched: int | str | None = None
     error: ErrorInfo | None = None
     """Set for type "abort"."""
