@@ -1,0 +1,48 @@
+"""`baton ...`: parses, calls a room, prints. Holds no logic.
+
+`engine` and `router` own their flags (they are SGLang's programs under our name), so their arguments pass through as they
+stand; everything else is a typer command.
+"""
+
+import sys
+
+import typer
+
+import baton
+from baton.cli import model as model_command
+from baton.cli import serve as serve_command
+
+app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, help=baton.__doc__)
+app.command("model")(model_command.model)
+app.command("serve")(serve_command.serve)
+app.command("down")(serve_command.down)
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("engine", context_settings=PASS_THROUGH, add_help_option=False)
+def engine(context: typer.Context) -> None:
+    """One worker: SGLang's launch_server flags (`baton engine --help`)."""
+    from baton.engine.launch import main as engine_main
+
+    sys.exit(engine_main(context.args))
+
+
+@app.command("router", context_settings=PASS_THROUGH, add_help_option=False)
+def router(context: typer.Context) -> None:
+    """The front door: mini_lb's and sglang_router's flags (`baton router --help`)."""
+    from baton.router.launch import main as router_main
+
+    sys.exit(router_main(context.args))
+
+
+@app.command("version")
+def version() -> None:
+    """Print the version."""
+    typer.echo(baton.__version__)
+
+
+def main() -> None:
+    """Entry point of the `baton` script."""
+    app()
+

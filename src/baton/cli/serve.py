@@ -1,0 +1,184 @@
+"""`baton serve` and `baton down`: prefill workers, decode workers and a router on this machine.
+
+A thin supervisor until the embedded cluster takes its place: it starts processes, restarts one that dies, keeps a log file
+for each, and stops them all. It decides nothing about requests.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+READY_TIMEOUT_S = 90.0
+STOP_GRACE_S = 10.0
+RESTART_DELAY_S = 1.0
+PROOF_QUESTION = "In one sentence: what is a relay race?"
+
+
+def home() -> Path:
+    """Where pid and logs live: $BATON_HOME/serve, by default ~/.baton/serve."""
+    path = Path(os.environ.get("BATON_HOME", Path.home() / ".baton")) / "serve"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="model directory, .gguf file or hub id")],
+    prefill: Annotated[int, typer.Option(min=1, help="number of prefill workers")] = 2,
+    decode: Annotated[int, typer.Option(min=1, help="number of decode workers")] = 1,
+    host: Annotated[str, typer.Option(help="address of the router")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port of the router")] = 8000,
+    detach: Annotated[bool, typer.Option("--detach", help="return once an answer came; stop with `baton down`")] = False,
+) -> None:
+    """Serve MODEL with prefill and decode on separate workers behind one router."""
+    if running_pid() is not None:
+        raise typer.BadParameter(f"already running (pid {running_pid()}); stop it with `baton down`")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise typer.BadParameter(f"--port {port} on {host}: {error.strerror}") from None
+    commands = worker_commands(model, prefill, decode, host, port)
+    if not detach:
+        (home() / "pid").write_text(str(os.getpid()))
+        asyncio.run(supervise(commands))
+        return
+    arguments = ["serve", "--model", model, "--prefill", str(prefill), "--decode", str(decode)]
+    with (home() / "supervisor.log").open("wb") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "baton.cli", *arguments, "--host", host, "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    wait_ready(supervisor, host, port)
+    stream_proof(host, port)
+    typer.echo(f"serving at http://{host}:{port}/v1  (logs: {home()}; stop: baton down)")
+
+
+def worker_commands(model: str, prefill: int, decode: int, host: str, port: int) -> dict[str, list[str]]:
+    """Name -> command line of every process; worker ports are free ones on loopback."""
+    ports = iter(free_ports(2 * prefill + decode))
+    commands: dict[str, list[str]] = {}
+    routing = [sys.executable, "-m", "baton.cli", "router", "--host", host, "--port", str(port)]
+    routing += ["--pd-disaggregation", "--policy", "cache_aware"]
+    for mode, count in (("prefill", prefill), ("decode", decode)):
+        for index in range(count):
+            worker_port = next(ports)
+            command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", model, "--port", str(worker_port)]
+            command += ["--disaggregation-mode", mode, "--enable-metrics", "--enable-cache-report"]
+            routing += [f"--{mode}", f"http://127.0.0.1:{worker_port}"]
+            if mode == "prefill":
+                bootstrap_port = str(next(ports))
+                command += ["--disaggregation-bootstrap-port", bootstrap_port]
+                routing += [bootstrap_port]
+            commands[f"{mode}-{index}"] = command
+    return {**commands, "router": routing}
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+async def supervise(commands: dict[str, list[str]]) -> None:
+    """Run every command until SIGTERM or SIGINT, restarting what dies."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with asyncio.TaskGroup() as group:
+        for name, command in commands.items():
+            group.create_task(keep_running(name, command, stop), name=name)
+    (home() / "pid").unlink(missing_ok=True)
+
+
+async def keep_running(name: str, command: list[str], stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        with (home() / f"{name}.log").open("ab") as log:
+            process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        exited, stopping = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
+        await asyncio.wait({exited, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            await terminate(process)
+        else:
+            typer.echo(f"{name} exited with {process.returncode}; starting it again (log: {home() / name}.log)")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RESTART_DELAY_S)
+        stopping.cancel()
+
+
+async def terminate(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def wait_ready(supervisor: subprocess.Popen[bytes], host: str, port: int) -> None:
+    """Return once the router has a prefill and a decode worker; exit with the logs' place if that does not come."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and supervisor.poll() is None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection(host, port, timeout=2)
+            connection.request("GET", "/readiness")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.1)
+    typer.echo(f"not ready after {READY_TIMEOUT_S:.0f} s; see the logs in {home()}", err=True)
+    down()
+    raise typer.Exit(1)
+
+
+def stream_proof(host: str, port: int) -> None:
+    """Ask one question and print the answer as it streams."""
+    connection = http.client.HTTPConnection(host, port, timeout=60)
+    connection.request("GET", "/v1/models")
+    model = json.loads(connection.getresponse().read())["data"][0]["id"]
+    messages = [{"role": "user", "content": PROOF_QUESTION}]
+    body = {"model": model, "messages": messages, "max_tokens": 48, "temperature": 0, "stream": True}
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    typer.echo(f"> {PROOF_QUESTION}")
+    for line in connection.getresponse():
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[6:]).get("choices", []):
+                typer.echo(choice["delta"].get("content") or "", nl=False)
+    typer.echo("")
+
+
+def running_pid() -> int | None:
+    """Pid of the supervisor that runs now, if any."""
+    try:
+        pid = int((home() / "pid").read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return None
+    return pid
+
+
+def down() -> None:
+    """Stop what `baton serve --detach` started."""
+    pid = running_pid()
+    if pid is None:
+        typer.echo("nothing is running")
+        return
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 2 * STOP_GRACE_S
+    while running_pid() is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    typer.echo("stopped" if running_pid() is None else f"pid {pid} did not stop within {2 * STOP_GRACE_S:.0f} s")
