@@ -1,0 +1,86 @@
+"""One GGUF file: its metadata and tensor table, opened once per process. Parsing is the `gguf` package's.
+
+Owns: bounds checks (a file cut short is an error that says so), typed access to metadata, refusal of split files.
+Not here: what the metadata means (models.gguf_config), the tokenizer (gguf_tokenizer), tensor values (gguf_weights).
+"""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from baton.engine.errors import ModelError, bad_model
+
+logger = logging.getLogger(__name__)
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """`GGUFReader` that never reads behind the end of the file (it would see short arrays and loop on them)."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"truncated: byte {end} is needed but the file has {len(self.data)}.")
+        return super()._get(int(offset), dtype, count, override_order)
+
+
+class GgufFile:
+    """Metadata and tensors of one GGUF file. Tensor data stays on disk (mapped) until it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            reader = _Reader(path)
+        except Exception as error:  # the parser raises whatever its arithmetic meets; the reader of this line needs one
+            text = str(error) or type(error).__name__
+            raise bad_model(path, f"is not a readable GGUF file: {text}") from None
+        self._fields = reader.fields
+        self.tensors: dict[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        if int(self.get("split.count", 1)) > 1:
+            raise bad_model(
+                path, f"is one of {self.get('split.count')} split GGUF files; merge them first (gguf-split)."
+            )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value as int, float, bool, str or list; `default` when the key is absent."""
+        field = self._fields.get(key)
+        if field is None:
+            return default
+        try:
+            return field.contents()
+        except (UnicodeDecodeError, IndexError) as error:
+            raise bad_model(self.path, f"metadata key {key} cannot be read: {error}") from None
+
+    def need(self, key: str) -> Any:
+        """Like `get`; `ModelError` naming the key when it is absent."""
+        value = self.get(key)
+        if value is None:
+            raise bad_model(self.path, f"missing metadata key {key}.")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.get(key, default)
+        if value is None:
+            raise bad_model(self.path, f"missing metadata key {key}.")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise bad_model(self.path, f"metadata key {key} must be a positive integer, got {value!r}.")
+        return value
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """The parsed file, cached by path, size and modification time: parsing 50,000 tokens takes seconds."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}.") from None
+    return _open_gguf(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _open_gguf(path: Path, _size: int, _mtime_ns: int) -> GgufFile:
+    return GgufFile(path)
