@@ -1,0 +1,144 @@
+"""The KV cache as the scheduler sees it: pool and prefix tree joined, with the four moves of page ownership.
+
+A request's page table is `pages`; the first `handle.num_pages` of it belong to the tree and are locked by the request's
+handle, the rest belong to the request alone. `commit`, `finish` and `drop` are the only places where a page changes
+hands between a request and the tree. Which request gets pages is the scheduler's decision; the memory behind a page is
+the runner's.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from baton.kvcache.integrity import check_ownership
+from baton.kvcache.page_pool import PagePool
+from baton.kvcache.radix_tree import EvictionPolicy, PrefixHandle, RadixTree
+
+
+class PrefixMatch(NamedTuple):
+    handle: PrefixHandle
+    """Locked; give it back with `release`, `finish` or `drop`."""
+    pages: list[int]
+    """A fresh list: the caller may grow it into its page table."""
+    num_tokens: int
+
+
+class PrefixCache:
+    """`num_pages` pages of `page_size` tokens, shared between requests with equal prefixes."""
+
+    shares = True
+
+    def __init__(self, num_pages: int, page_size: int, eviction_policy: EvictionPolicy = "lru") -> None:
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self._pool = PagePool(num_pages)
+        self._tree = RadixTree(page_size, eviction_policy)
+
+    @property
+    def num_free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_evictable(self) -> int:
+        return self._tree.num_evictable
+
+    @property
+    def num_protected(self) -> int:
+        return self._tree.num_protected
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can give now."""
+        return self._pool.num_free + self._tree.num_evictable
+
+    @property
+    def num_handles(self) -> int:
+        return len(self._tree.handles)
+
+    def match_len(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> int:
+        """Tokens that `match_prefix` would find; changes nothing."""
+        return self._tree.match_len(token_ids, extra_key, max_tokens)
+
+    def match_prefix(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> PrefixMatch:
+        """Lock the longest cached prefix of at most `max_tokens` tokens (whole pages)."""
+        node, pages = self._tree.match(token_ids, extra_key, max_tokens)
+        return PrefixMatch(self._tree.lock(node, len(pages), extra_key), pages, len(pages) * self.page_size)
+
+    def allocate(self, num_pages: int) -> list[int] | None:
+        """Pages for the caller alone, evicting unlocked prefixes as needed; None (and nothing evicted) if there are too
+        few."""
+        missing = num_pages - self._pool.num_free
+        if missing > 0:
+            if missing > self._tree.num_evictable:
+                return None
+            self._pool.free(self._tree.evict(missing))
+        return self._pool.alloc(num_pages)
+
+    def release(self, handle: PrefixHandle) -> None:
+        """Undo `match_prefix`."""
+        self._tree.unlock(handle)
+
+    def commit(
+        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]
+    ) -> tuple[PrefixHandle, list[int]]:
+        """Share what a request has computed so far; it goes on with the returned handle and page table.
+
+        `token_ids` are the tokens whose KV is in `pages`. With `full` = whole pages of them, page indices are:
+          [0, handle)         the tree's before and after
+          [handle, existing)  the request's, but the tree has these tokens already: freed, the tree's pages replace them
+          [existing, full)    the request's -> the tree's
+          [full, end)         the request's before and after (a partial page, or pages not yet written)
+        The new handle locks [0, full).
+        """
+        full = len(token_ids) // self.page_size
+        if full <= handle.num_pages:
+            return handle, list(pages)
+        node, shared, duplicates = self._tree.insert(token_ids, pages[:full], handle.extra_key)
+        new_handle = self._tree.lock(node, full, handle.extra_key)
+        self._tree.unlock(handle)
+        self._pool.free(duplicates)
+        return new_handle, [*shared, *pages[full:]]
+
+    def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]) -> None:
+        """A request ends: as `commit`, then the tree keeps [0, full) unlocked and [full, end) is freed."""
+        full = len(token_ids) // self.page_size
+        if full > handle.num_pages:
+            self._pool.free(self._tree.insert(token_ids, pages[:full], handle.extra_key).duplicates)
+        self._pool.free(pages[max(full, handle.num_pages) :])
+        self._tree.unlock(handle)
+
+    def drop(self, handle: PrefixHandle, pages: Sequence[int]) -> None:
+        """A request gives up its pages unshared (retraction, error): [handle, end) is freed, [0, handle) unlocked."""
+        self._pool.free(pages[handle.num_pages :])
+        self._tree.unlock(handle)
+
+    def flush(self) -> bool:
+        """Forget all prefixes; False (and nothing done) while a request holds one."""
+        if self._tree.handles:
+            return False
+        self._pool.free(self._tree.reset())
+        return True
+
+    def check_integrity(self, in_use: Mapping[str, Collection[int]]) -> None:
+        """`in_use`: pages held outside the tree, by owner. Raises `IntegrityError` unless every page is exactly one of
+        free, evictable, protected, in use."""
+        check_ownership(self._pool, self._tree, in_use)
+
+
+class UnsharedCache(PrefixCache):
+    """`--disable-radix-cache`: the same moves, but nothing is ever found or kept."""
+
+    shares = False
+
+    def match_len(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> int:
+        return 0
+
+    def match_prefix(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> PrefixMatch:
+        return super().match_prefix([], extra_key, 0)
+
+    def commit(
+        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]
+    ) -> tuple[PrefixHandle, list[int]]:
+        return handle, list(pages)
+
+    def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]) -> None:
+        self.drop(handle, pages)
