@@ -18,7 +18,7 @@ from baton.engine.errors import ModelError, bad_model
 logger = logging.getLogger(__name__)
 
 
-class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+class _Reader(gguf.GGUFReader):
     """`GGUFReader` that never reads behind the end of the file (it would see short arrays and loop on them)."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> Any:
