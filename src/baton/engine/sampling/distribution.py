@@ -50,7 +50,8 @@ class Distribution:
 
     def logprobs(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of these tokens, after temperature and before any filter."""
-        return self.shifted[ids].astype(np.float64) - math.log(self.total)
+        shifted: NDArray[np.float64] = self.shifted[ids].astype(np.float64)
+        return shifted - math.log(self.total)
 
     def draw(self, sampling: SamplingParams, uniform: float) -> int:
         """The token at `uniform` in [0, 1) of the filtered distribution, in order of token ids."""
