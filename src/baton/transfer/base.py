@@ -12,7 +12,7 @@ sequence's page table, page ids count pages in a pool.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -86,6 +86,7 @@ Event = Bootstrapped | Sent | Received | Failed
 Wake = Callable[[], None]
 
 
+@runtime_checkable
 class PrefillTransfer(Protocol):
     """The sending side, one per prefill rank."""
 
@@ -104,6 +105,7 @@ class PrefillTransfer(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class DecodeTransfer(Protocol):
     """The receiving side, one per decode rank."""
 

@@ -1,0 +1,141 @@
+"""The receiving side's front door: `open_decode_transfer` gives the rank's loop its `DecodeTransfer`.
+
+Owns the thread and one session per bootstrap server. Neighbours: `decode_session` (one prefill rank), `decode_rooms` (what
+happens to a room).
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from baton.transfer.base import DecodeTransfer, Event, PageLayout, Wake
+from baton.transfer.config import TransferConfig, TransferConfigError
+from baton.transfer.decode_rooms import DecodeRooms
+from baton.transfer.decode_session import DecodeContext, DecodeSession
+from baton.transfer.errors import aborted, broken, room_in_use
+from baton.transfer.fake import FakeDecodeTransfer
+from baton.transfer.frames import PROTOCOL_VERSION, Hello
+from baton.transfer.pages import Pages
+from baton.transfer.stats import TransferStats
+from baton.transfer.thread import TransferThread
+from baton.transfer.timers import LoopTimers, MakeTimers
+
+log = logging.getLogger(__name__)
+
+
+def open_decode_transfer(
+    memory: Pages,
+    layout: PageLayout,
+    config: TransferConfig,
+    *,
+    host: str,
+    wake: Wake,
+    make_timers: MakeTimers = LoopTimers,
+) -> DecodeTransfer:
+    """Sessions are dialled when the first room of a bootstrap server comes; nothing listens here, `host` is only the name
+    that the prefill's log gives this worker. With `config.backend == "fake"` nothing is opened.
+
+    Raises `TransferConfigError` for a layout that is not the memory's."""
+    if layout.page_bytes != memory.page_bytes:
+        raise TransferConfigError(f"layout.page_bytes is {layout.page_bytes}, the memory has {memory.page_bytes}")
+    if config.backend == "fake":
+        return FakeDecodeTransfer(wake)
+    return RankDecodeTransfer(memory, layout, config, host, wake, make_timers)
+
+
+class RankDecodeTransfer:
+    """Implements `base.DecodeTransfer` over sessions with prefill ranks."""
+
+    def __init__(
+        self,
+        memory: Pages,
+        layout: PageLayout,
+        config: TransferConfig,
+        host: str,
+        wake: Wake,
+        make_timers: MakeTimers,
+    ) -> None:
+        self._memory = memory
+        self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.
+        self._sessions: dict[tuple[str, int], DecodeSession] = {}  # Transfer's thread only.
+        self._thread = TransferThread("baton-decode-transfer", config.copy_threads, wake)
+        timers = make_timers(self._thread.loop)
+        self._rooms = DecodeRooms(memory.page_bytes, timers, self._thread.emit)
+        hello = Hello(PROTOCOL_VERSION, f"{host}/{os.getpid()}", layout)
+        self._context = DecodeContext(self._thread, self._rooms, memory, hello, config, timers)
+
+    # base.DecodeTransfer
+
+    def receive(
+        self,
+        room: int,
+        bootstrap_host: str,
+        bootstrap_port: int,
+        first_page_idx: int,
+        page_ids: Sequence[int],
+        timeout_s: float,
+    ) -> None:
+        """Raises `RequestError` (400) when the room is in use, ValueError for a page that is not in the pool."""
+        if room in self._open:
+            raise room_in_use(room)
+        if any(not 0 <= page_id < self._memory.num_pages for page_id in page_ids):
+            raise ValueError(f"page ids of room {room} must be in [0, {self._memory.num_pages}): {list(page_ids)}")
+        self._open.add(room)
+        address = (bootstrap_host, bootstrap_port)
+        self._post(room, lambda: self._receive(room, address, first_page_idx, tuple(page_ids), timeout_s))
+
+    def abort(self, room: int, reason: str) -> None:
+        self._post(room, partial(self._rooms.stop, room, aborted(reason)))
+
+    def poll(self) -> list[Event]:
+        events = self._thread.take_events()
+        self._open.difference_update(event.room for event in events)
+        return events
+
+    def close(self) -> None:
+        """End every room and session; the end events can be polled afterwards."""
+        self._thread.close(self._stop)
+
+    # Beyond the contract
+
+    def stats(self) -> TransferStats:
+        return self._rooms.stats
+
+    def num_rooms(self) -> int:
+        """Open rooms (for self-checks; waits for the transfer's thread)."""
+        return self._thread.ask(lambda: self._rooms.num_open)
+
+    def session_modes(self) -> dict[tuple[str, int], str | None]:
+        """How pages travel from each bootstrap server; None: being connected. Waits for the transfer's thread."""
+        return self._thread.ask(lambda: {address: session.mode for address, session in self._sessions.items()})
+
+    # On the thread
+
+    def _receive(
+        self, room: int, address: tuple[str, int], first_page_idx: int, page_ids: Sequence[int], timeout_s: float
+    ) -> None:
+        session = self._sessions.get(address)
+        if session is None:
+            session = DecodeSession(self._context, address, self._session_closed)
+            self._sessions[address] = session
+        self._rooms.receive(room, session, first_page_idx, page_ids, timeout_s)
+
+    def _session_closed(self, session: DecodeSession) -> None:
+        if self._sessions.get(session.address) is session:
+            del self._sessions[session.address]
+
+    def _post(self, room: int, call: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                call()
+            except Exception as error:  # A bug of ours: costs this room, reported as its end.
+                log.exception("transfer call failed", extra={"room": room})
+                self._rooms.stop(room, broken(f"internal error: {error!r}"))
+
+        self._thread.post(run)
+
+    def _stop(self) -> None:
+        self._rooms.close("the decode worker is shutting down")
+        for session in list(self._sessions.values()):
+            session.drop("the decode worker is shutting down")

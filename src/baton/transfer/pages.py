@@ -1,0 +1,66 @@
+"""A pool of pages as the transfer sees it, and the two things done to a page off the event loop: sum it, copy it.
+
+xxh3 (64 bit) guards every page from the prefill's memory to the decode's. It is no defence against a forger (who could
+send a valid sum), but finds damage, a torn page, or a source page that was reused too early.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+
+class Pages(Protocol):
+    """`kvcache.page_memory.PageMemory` is one."""
+
+    num_pages: int
+    page_bytes: int
+    fd: int
+    array: NDArray[np.uint8]
+    """[num_pages, page_bytes], C-contiguous."""
+
+
+Stopped = Callable[[], bool]
+"""True as soon as the room has been given up: checked before each page, so work stops within one page."""
+
+
+def checksum(page: NDArray[np.uint8]) -> int:
+    """`page` is uint8 [page_bytes], contiguous."""
+    return int(xxhash.xxh3_64_intdigest(page.data))
+
+
+def checksum_pages(pages: NDArray[np.uint8], page_ids: Sequence[int], stopped: Stopped) -> list[int] | None:
+    """Sums of `page_ids` in order; None when stopped on the way."""
+    sums = []
+    for page_id in page_ids:
+        if stopped():
+            return None
+        sums.append(checksum(pages[page_id]))
+    return sums
+
+
+def verify_page(page: NDArray[np.uint8], expected: int, stopped: Stopped) -> bool:
+    """Whether the page is intact; a stopped room's page counts as intact, nobody will use it."""
+    return stopped() or checksum(page) == expected
+
+
+def copy_pages(
+    source: NDArray[np.uint8],
+    source_ids: Sequence[int],
+    target: NDArray[np.uint8],
+    target_ids: Sequence[int],
+    checksums: Sequence[int],
+    stopped: Stopped,
+) -> bool:
+    """Copy page by page and verify what arrived; False at the first page that is not what its sum says."""
+    for source_id, target_id, expected in zip(source_ids, target_ids, checksums, strict=True):
+        if stopped():
+            return True
+        page = target[target_id]
+        # copyto lets other threads run while it copies; the page is still in this core's cache when it is summed.
+        np.copyto(page, source[source_id])
+        if checksum(page) != expected:
+            return False
+    return True

@@ -1,0 +1,241 @@
+"""The sending side's front door: `open_prefill_transfer` gives the rank's loop its `PrefillTransfer`.
+
+Owns the thread, the listener for decode ranks and the registration with the bootstrap server. Neighbours:
+`prefill_session` (one decode rank), `prefill_rooms` (what happens to a room).
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from urllib.parse import urlsplit
+
+from baton.protocol.errors import ErrorInfo
+from baton.transfer.base import Bootstrapped, Event, FirstToken, PageLayout, PrefillTransfer, Wake
+from baton.transfer.bootstrap import Registration, register
+from baton.transfer.config import TransferConfig, TransferConfigError
+from baton.transfer.errors import TransferError, aborted, broken, room_in_use
+from baton.transfer.fake import FakePrefillTransfer
+from baton.transfer.pages import Pages
+from baton.transfer.prefill_rooms import PrefillRooms
+from baton.transfer.prefill_session import PrefillContext, PrefillSession
+from baton.transfer.shm import ShmServer
+from baton.transfer.stats import TransferStats
+from baton.transfer.thread import TransferThread
+from baton.transfer.timers import LoopTimers, MakeTimers
+from baton.transfer.wire import Wire
+
+log = logging.getLogger(__name__)
+
+_MAX_SESSIONS = 4096
+_REGISTER_RETRY_S = 0.2
+_REGISTER_TIMEOUT_S = 5.0
+
+
+def open_prefill_transfer(
+    memory: Pages,
+    layout: PageLayout,
+    config: TransferConfig,
+    *,
+    host: str,
+    bootstrap_url: str,
+    wake: Wake,
+    make_timers: MakeTimers = LoopTimers,
+) -> "PrefillTransfer":
+    """Listen for decode ranks on `host` and register with the bootstrap server at `bootstrap_url` (http://host:port),
+    again and again until it answers. With `config.backend == "fake"` nothing is opened.
+
+    Raises `TransferConfigError` for a bad URL or layout and OSError when the host cannot be bound."""
+    if layout.page_bytes != memory.page_bytes:
+        raise TransferConfigError(f"layout.page_bytes is {layout.page_bytes}, the memory has {memory.page_bytes}")
+    if config.backend == "fake":
+        return FakePrefillTransfer(wake)
+    return RankPrefillTransfer(memory, layout, config, host, _split_url(bootstrap_url), wake, make_timers)
+
+
+class RankPrefillTransfer:
+    """Implements `base.PrefillTransfer` over sessions with decode ranks."""
+
+    def __init__(
+        self,
+        memory: Pages,
+        layout: PageLayout,
+        config: TransferConfig,
+        host: str,
+        bootstrap: tuple[str, int],
+        wake: Wake,
+        make_timers: MakeTimers,
+    ) -> None:
+        self._config = config
+        self._bootstrap = bootstrap
+        self._num_pages = memory.num_pages
+        self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.
+        self._sessions: set[PrefillSession] = set()
+        self._registered = threading.Event()
+        self._listener = _listen(host)
+        self.address: tuple[str, int] = (_advertised(host, bootstrap[0]), self._listener.getsockname()[1])
+        """What is registered: where decode ranks reach us."""
+        self._thread = TransferThread("baton-prefill-transfer", config.copy_threads, wake)
+        timers = make_timers(self._thread.loop)
+        self._rooms = PrefillRooms(config, timers, self._thread.emit)
+        shm = _offer_shared_memory(memory) if config.backend == "auto" else None
+        self._context = PrefillContext(self._thread, self._rooms, memory, layout, config, timers, shm)
+        self._thread.ask(self._start)
+
+    # base.PrefillTransfer
+
+    def expect(self, room: int, timeout_s: float) -> None:
+        """Raises `RequestError` (400) when the room is in use."""
+        if room in self._open:
+            raise room_in_use(room)
+        self._open.add(room)
+        self._post(room, partial(self._rooms.expect, room, timeout_s))
+
+    def send(self, room: int, first_page_idx: int, page_ids: Sequence[int], first_token: FirstToken | None) -> None:
+        """Raises ValueError for a page that is not in the pool."""
+        if any(not 0 <= page_id < self._num_pages for page_id in page_ids):
+            raise ValueError(f"page ids of room {room} must be in [0, {self._num_pages}): {list(page_ids)}")
+        self._post(room, partial(self._rooms.send, room, first_page_idx, tuple(page_ids), first_token))
+
+    def abort(self, room: int, reason: str) -> None:
+        self._post(room, partial(self._rooms.stop, room, aborted(reason)))
+
+    def poll(self) -> list[Event]:
+        events = self._thread.take_events()
+        self._open.difference_update(event.room for event in events if not isinstance(event, Bootstrapped))
+        return events
+
+    def close(self) -> None:
+        """End every room and session; the end events can be polled afterwards."""
+        self._thread.close(self._stop)
+
+    # Beyond the contract
+
+    def wait_registered(self, timeout_s: float) -> bool:
+        """Whether the bootstrap server knows this rank; waits up to `timeout_s` for it."""
+        return self._registered.wait(timeout_s)
+
+    def stats(self) -> TransferStats:
+        return self._rooms.stats
+
+    def num_rooms(self) -> tuple[int, int]:
+        """Open rooms, and ended rooms still remembered (for self-checks; waits for the transfer's thread)."""
+        return self._thread.ask(lambda: (self._rooms.num_open, self._rooms.num_remembered))
+
+    # On the thread
+
+    def _post(self, room: int, call: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                call()
+            except Exception as error:  # A bug of ours: costs this room, reported as its end.
+                log.exception("transfer call failed", extra={"room": room})
+                self._rooms.stop(room, _internal(error))
+
+        self._thread.post(run)
+
+    def _start(self) -> None:
+        self._thread.start(self._accept(), "accept decode sessions")
+        self._thread.start(self._keep_registered(), "register")
+        if self._context.shm is not None:
+            self._thread.start(self._context.shm.serve(), "offer shared memory")
+
+    def _stop(self) -> None:
+        self._rooms.close("the prefill worker is shutting down")
+        for session in list(self._sessions):
+            session.drop("the prefill worker is shutting down")
+
+    async def _accept(self) -> None:
+        with self._listener:
+            while True:
+                try:
+                    connection, peer = await self._thread.loop.sock_accept(self._listener)
+                except OSError as error:  # Out of descriptors, connection gone again: the listener stays.
+                    log.warning("cannot accept a decode session", extra={"reason": str(error)})
+                    await asyncio.sleep(_REGISTER_RETRY_S)
+                    continue
+                if len(self._sessions) >= _MAX_SESSIONS:
+                    log.warning("too many decode sessions", extra={"peer": str(peer)})
+                    connection.close()
+                    continue
+                session = PrefillSession(self._context, f"{peer[0]}:{peer[1]}", self._sessions.discard)
+                self._sessions.add(session)
+                session.attach(Wire(connection, session.on_frame, session.on_lost))
+
+    async def _keep_registered(self) -> None:
+        """Register, and go on doing so: a bootstrap server that was restarted must learn about us again."""
+        size, rank = self._config.tp_size, self._config.tp_rank
+        entry = Registration("Prefill", size, rank, 1, 0, 1, 0, 1, 0, *self.address)
+        failing = False
+        while True:
+            try:
+                async with asyncio.timeout(_REGISTER_TIMEOUT_S):
+                    await register(*self._bootstrap, entry)
+                self._registered.set()
+                failing = False
+            except (OSError, TransferError) as error:  # TimeoutError is an OSError.
+                if not failing:
+                    log.warning("cannot register", extra={"bootstrap": self._bootstrap, "reason": str(error)})
+                failing = True
+            await asyncio.sleep(_REGISTER_RETRY_S if failing else self._config.registration_interval_s)
+
+
+def _internal(error: Exception) -> ErrorInfo:
+    return broken(f"internal error: {error!r}")
+
+
+def _offer_shared_memory(memory: Pages) -> ShmServer | None:
+    try:
+        return ShmServer(memory)
+    except OSError as error:
+        log.warning("no shared memory offer, TCP only", extra={"reason": str(error)})
+        return None
+
+
+def _split_url(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    with contextlib.suppress(ValueError):
+        if parts.scheme == "http" and parts.hostname and parts.port:
+            return parts.hostname, parts.port
+    raise TransferConfigError(f"bootstrap_url must be http://host:port, got {url!r}")
+
+
+def _listen(host: str) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host.strip("[]") or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.bind(address)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _advertised(host: str, bootstrap_host: str) -> str:
+    """The address to register. Listening on every address, we name the one that faces the bootstrap server; when that is
+    on this host, "every address", which decode ranks read as "where the bootstrap server is"."""
+    if host and not _is_unspecified(host):
+        return host
+    with contextlib.suppress(OSError):
+        family, kind, _, _, address = socket.getaddrinfo(bootstrap_host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # Sends nothing: it only asks the routing table.
+            local = str(probe.getsockname()[0])
+        if not ipaddress.ip_address(local).is_loopback:
+            return local
+    return "0.0.0.0"
+
+
+def _is_unspecified(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False  # A name.
