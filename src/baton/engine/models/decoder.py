@@ -1,0 +1,152 @@
+"""The decoder of Llama, Qwen2 and Qwen3 in torch: any dtype, any device, any attention backend, any shard.
+
+What differs between the three is data: biases and q/k norms are present or not. `decoder_cpu` is the same model in C.
+Not here: sampling, which request a row is, KV page bookkeeping.
+
+Shape letters: T tokens, R rows whose logits are wanted, E hidden size, V vocabulary, H, K, D as in attention.base.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from baton.engine.attention.base import AttentionBackend
+from baton.engine.batch import ForwardBatch
+from baton.engine.models.parameters import iter_parameters
+from baton.engine.models.rotary import rotary_table
+from baton.engine.models.shard import Shard, local_sizes
+from baton.engine.models.spec import ModelConfig
+
+
+class HiddenStates(Protocol):
+    """The result of one step, valid until the next one of the same decoder."""
+
+    def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """[R, V] float32 of tokens `rows` of the batch (0..T-1, R <= T)."""
+
+
+class Decoder(Protocol):
+    def forward(self, batch: ForwardBatch) -> HiddenStates:
+        """Run all layers over the batch's new tokens; writes their keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    qkv: torch.Tensor
+    out: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out_bias: torch.Tensor | None
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+class TorchDecoder:
+    """Weights on one device, loaded when constructed."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        attention: AttentionBackend,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard,
+    ) -> None:
+        """`num_positions`: the longest sequence, in tokens. Raises `ModelError` for wrong weights."""
+        self._config, self._shard, self._attention, self._device = config, shard, attention, device
+        self._sizes = local_sizes(config, shard)
+        tensors = dict(iter_parameters(config, shard, weights, dtype=dtype, device=device))
+        self._embedding = tensors["embedding"]
+        self._final_norm = tensors["final_norm"]
+        self._head = tensors.get("head.weight", self._embedding)
+        self._layers = [_layer(tensors, f"layers.{index}.") for index in range(config.num_layers)]
+        self._rotary = rotary_table(config, num_positions, device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> HiddenStates:
+        self._attention.plan(batch)
+        token_ids = torch.from_numpy(batch.token_ids).to(self._device)
+        rotary = self._rotary[torch.from_numpy(batch.positions).to(self._device)]
+        hidden = F.embedding(token_ids, self._embedding)
+        for index, layer in enumerate(self._layers):
+            normed = rms_norm(hidden, layer.attention_norm, self._config.rms_norm_eps)
+            hidden = hidden + self._shard.all_reduce(self._attend(index, layer, normed, rotary))
+            normed = rms_norm(hidden, layer.mlp_norm, self._config.rms_norm_eps)
+            hidden = hidden + self._shard.all_reduce(_feed_forward(layer, normed))
+        return _TorchHidden(self, hidden)
+
+    def _attend(self, index: int, layer: _Layer, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        sizes, dim = self._sizes, self._config.head_dim
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, dim)
+        q, k, v = qkv.split((sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, self._config.rms_norm_eps)
+            k = rms_norm(k, layer.k_norm, self._config.rms_norm_eps)
+        self._attention.write_kv(index, rotate(k, rotary), v)
+        attended = self._attention.forward(index, rotate(q, rotary))
+        return F.linear(attended.reshape(len(x), -1), layer.out, layer.out_bias)
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, E] before the final norm -> [R, V] float32."""
+        return F.linear(rms_norm(hidden, self._final_norm, self._config.rms_norm_eps), self._head).float()
+
+
+class _TorchHidden:
+    def __init__(self, decoder: TorchDecoder, hidden: torch.Tensor) -> None:
+        self._decoder = decoder
+        self._hidden = hidden
+
+    def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        with torch.inference_mode():
+            picked = self._hidden[torch.from_numpy(rows).to(self._hidden.device)]
+        return self._decoder.head(picked)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Over the last dimension, in fp32; x's dtype comes back."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D], rotary [T, D] (cosines, sines) -> [T, heads, D] in x's dtype; computed in fp32."""
+    cosine, sine = rotary[:, None, :].chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def _feed_forward(layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+    gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+
+
+def _layer(tensors: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    return _Layer(
+        attention_norm=tensors[f"{prefix}attention_norm"],
+        mlp_norm=tensors[f"{prefix}mlp_norm"],
+        qkv=tensors[f"{prefix}qkv.weight"],
+        out=tensors[f"{prefix}out.weight"],
+        gate_up=tensors[f"{prefix}gate_up.weight"],
+        down=tensors[f"{prefix}down.weight"],
+        qkv_bias=tensors.get(f"{prefix}qkv.bias"),
+        out_bias=tensors.get(f"{prefix}out.bias"),
+        gate_up_bias=tensors.get(f"{prefix}gate_up.bias"),
+        down_bias=tensors.get(f"{prefix}down.bias"),
+        q_norm=tensors.get(f"{prefix}q_norm"),
+        k_norm=tensors.get(f"{prefix}k_norm"),
+    )

@@ -1,0 +1,147 @@
+"""From a checkpoint's tensors to the decoder's parameters: fused, cut to this rank, checked.
+
+Fusing: q, k and v become `qkv`, gate and up become `gate_up`, so that each is one product. `iter_parameters` gives every
+parameter as soon as its last part came, so that it can be packed and let go before the next one. Not here: files
+(weights/), the layout that a kernel wants (decoder_cpu).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from baton.engine.errors import ModelError
+from baton.engine.models.shard import LocalSizes, Shard, local_sizes
+from baton.engine.models.spec import ModelConfig
+from baton.engine.weights.names import expected_tensors, is_ignorable
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where one checkpoint tensor goes: `source[rows, columns]` to rows from `offset` on of parameter `parameter`."""
+
+    parameter: str
+    rows: slice
+    columns: slice | None
+    """None for vectors and for whole rows."""
+    offset: int
+    fill_zero: bool = False
+    """The values belong to another rank (a bias that must be added once)."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    tensor: torch.Tensor
+    missing_parts: int
+
+
+def plan_parts(config: ModelConfig, shard: Shard) -> dict[str, Part]:
+    """HF name -> where it goes. Parameters are named "layers.3.qkv.weight", "embedding", "final_norm", "head.weight"."""
+    sizes = local_sizes(config, shard)
+    parts = {
+        "model.embed_tokens.weight": _whole("embedding"),
+        "model.norm.weight": _whole("final_norm"),
+    }
+    if not config.tie_word_embeddings:
+        parts["lm_head.weight"] = _whole("head.weight")
+    for layer in range(config.num_layers):
+        parts.update(_layer_parts(config, shard, sizes, f"model.layers.{layer}.", f"layers.{layer}."))
+    return parts
+
+
+def iter_parameters(
+    config: ModelConfig,
+    shard: Shard,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(parameter, tensor) in the order in which they become complete.
+
+    Raises `ModelError` naming the tensor that is unknown, given twice, of a wrong shape, or missing at the end.
+    """
+    parts, shapes = plan_parts(config, shard), expected_tensors(config)
+    sizes = _parameter_sizes(parts, shapes)
+    pending: dict[str, _Pending] = {}
+    for name, tensor in weights:
+        part = parts.pop(name, None)
+        if part is None:
+            if name not in shapes and is_ignorable(name, config):
+                continue
+            problem = "was given twice" if name in shapes else f"is not part of a {config.architecture}"
+            raise ModelError(f"tensor {name} {problem}.")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, the config implies {list(shapes[name])}.")
+        entry = pending.get(part.parameter)
+        if entry is None:
+            shape, count = sizes[part.parameter]
+            entry = pending[part.parameter] = _Pending(torch.empty(shape, dtype=dtype, device=device), count)
+        _copy(part, tensor, entry.tensor)
+        entry.missing_parts -= 1
+        if entry.missing_parts == 0:
+            del pending[part.parameter]
+            yield part.parameter, entry.tensor
+    if parts:
+        more = f" (and {len(parts) - 1} more)" if len(parts) > 1 else ""
+        raise ModelError(f"missing tensor {next(iter(parts))}{more}.")
+
+
+def _copy(part: Part, source: torch.Tensor, target: torch.Tensor) -> None:
+    cut = source[part.rows] if part.columns is None else source[part.rows, part.columns]
+    rows = target[part.offset : part.offset + len(cut)]
+    if part.fill_zero:
+        rows.zero_()
+    else:
+        rows.copy_(cut)
+
+
+def _parameter_sizes(
+    parts: dict[str, Part], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """parameter -> (shape, number of parts)."""
+    sizes: dict[str, tuple[tuple[int, ...], int]] = {}
+    for name, part in parts.items():
+        source = shapes[name]
+        rows = len(range(source[0])[part.rows])
+        rest = source[1:] if part.columns is None else (len(range(source[1])[part.columns]),)
+        shape, count = sizes.get(part.parameter, ((0, *rest), 0))
+        sizes[part.parameter] = ((shape[0] + rows, *rest), count + 1)
+    return sizes
+
+
+def _whole(parameter: str) -> Part:
+    return Part(parameter, slice(None), None, 0)
+
+
+def _layer_parts(config: ModelConfig, shard: Shard, sizes: LocalSizes, source: str, target: str) -> dict[str, Part]:
+    dim = config.head_dim
+    kv_rows = slice(sizes.kv_heads[0] * dim, sizes.kv_heads[1] * dim)
+    q_rows = slice(kv_rows.start * sizes.group, kv_rows.stop * sizes.group)
+    q_count, kv_count = q_rows.stop - q_rows.start, kv_rows.stop - kv_rows.start
+    inner = slice(*sizes.inner)
+    columns = {  # HF module -> (fused parameter, rows of this rank, offset in the fused one, has a bias)
+        "self_attn.q_proj": ("qkv", q_rows, 0, config.attention_bias),
+        "self_attn.k_proj": ("qkv", kv_rows, q_count, config.attention_bias),
+        "self_attn.v_proj": ("qkv", kv_rows, q_count + kv_count, config.attention_bias),
+        "mlp.gate_proj": ("gate_up", inner, 0, config.mlp_bias),
+        "mlp.up_proj": ("gate_up", inner, inner.stop - inner.start, config.mlp_bias),
+    }
+    parts: dict[str, Part] = {}
+    for module, (name, rows, offset, has_bias) in columns.items():
+        parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", rows, None, offset)
+        if has_bias:
+            parts[f"{source}{module}.bias"] = Part(f"{target}{name}.bias", rows, None, offset)
+    for module, name, cut, has_bias in (
+        ("self_attn.o_proj", "out", q_rows, config.attention_out_bias),
+        ("mlp.down_proj", "down", inner, config.mlp_bias),
+    ):
+        parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", slice(None), cut, 0)
+        if has_bias:
+            parts[f"{source}{module}.bias"] = Part(f"{target}{name}.bias", slice(None), None, 0, shard.rank != 0)
+    parts[f"{source}input_layernorm.weight"] = _whole(f"{target}attention_norm")
+    parts[f"{source}post_attention_layernorm.weight"] = _whole(f"{target}mlp_norm")
+    if config.qk_norm:
+        parts[f"{source}self_attn.q_norm.weight"] = _whole(f"{target}q_norm")
+        parts[f"{source}self_attn.k_norm.weight"] = _whole(f"{target}k_norm")
+    return parts

@@ -1,0 +1,152 @@
+"""The model runner: a `ForwardBatch` in, a `ForwardOutput` out. It owns weights and the view of the KV pool, and nothing else.
+
+It chooses how the model is computed (C kernels for bf16 on CPUs that can, torch elsewhere) and asks for logits only of
+rows that are sampled or whose prompt log-probabilities are wanted. Not here: who is in the batch (scheduler/), how a token is
+chosen (sampling/), who allocates the pool's memory and pages.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from baton.engine.attention.cpu import CpuAttention
+from baton.engine.attention.torch_native import TorchAttention
+from baton.engine.batch import ForwardBatch, ForwardOutput, PromptLogprobsRow
+from baton.engine.errors import ModelError
+from baton.engine.kernels.native import load_kernels
+from baton.engine.models.decoder import Decoder, HiddenStates, TorchDecoder
+from baton.engine.models.decoder_cpu import CpuDecoder
+from baton.engine.models.shard import Shard, local_sizes
+from baton.engine.models.spec import ModelConfig
+from baton.engine.sampling.sampler import Sampler
+from baton.protocol.rank import TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_BACKENDS = ("auto", "cpu", "torch_native")
+LOGPROB_ROWS = 64
+"""Prompt rows whose logits are made at once: a whole prompt's would take gigabytes."""
+
+
+def kv_page_bytes(config: ModelConfig, dtype: torch.dtype, page_size: int, shard: Shard | None = None) -> int:
+    """Bytes of one KV page of this rank: (num_layers, 2, num_kv_heads, page_size, head_dim) of `dtype`."""
+    kv_heads = local_sizes(config, shard or Shard()).num_kv_heads
+    return config.num_layers * 2 * kv_heads * page_size * config.head_dim * dtype.itemsize
+
+
+def kv_from_pages(
+    pages: NDArray[np.uint8], config: ModelConfig, dtype: torch.dtype, page_size: int, shard: Shard | None = None
+) -> torch.Tensor:
+    """The KV tensor [num_pages, L, 2, K, S, D] over host memory [num_pages, page_bytes]; shares it, copies nothing."""
+    kv_heads = local_sizes(config, shard or Shard()).num_kv_heads
+    shape = (len(pages), config.num_layers, 2, kv_heads, page_size, config.head_dim)
+    if pages.dtype != np.uint8 or pages.shape[1:] != (kv_page_bytes(config, dtype, page_size, shard),):
+        raise ValueError(f"KV pages of shape {pages.shape} {pages.dtype} do not hold {shape[1:]} of {dtype}")
+    return torch.from_numpy(pages).view(dtype).view(shape)
+
+
+class ModelRunner:
+    """One model on one rank.
+
+    `kv`: [num_pages, L, 2, K, S, D] of `dtype` on `device` (see `kv_from_pages`). `num_positions`: the longest sequence in
+    tokens. `attention_backend`: one of ATTENTION_BACKENDS; "cpu" raises `ModelError` where the kernels cannot run.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv: torch.Tensor,
+        num_positions: int | None = None,
+        attention_backend: str = "auto",
+        shard: Shard | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        shard = shard or Shard()
+        positions = num_positions or config.max_position_embeddings
+        self._sampler = Sampler()
+        kernels = None
+        if _wants_kernels(attention_backend, config, dtype, device, shard):
+            kernels = load_kernels()
+            if kernels is None and attention_backend == "cpu":
+                raise ModelError("--attention-backend cpu: the C kernels are not available on this machine.")
+        self.is_batch_invariant = kernels is not None
+        """Each token's logits are the same bits whatever is computed beside it and however its prompt was cut."""
+        self.attention_backend = "cpu" if kernels is not None else TorchAttention.name
+        self._decoder: Decoder
+        if kernels is not None:
+            self._decoder = CpuDecoder(
+                config,
+                weights,
+                kernels=kernels,
+                kv=kv,
+                num_positions=positions,
+                num_threads=num_threads or torch.get_num_threads(),
+                shard=shard,
+            )
+        else:
+            self._decoder = TorchDecoder(
+                config,
+                weights,
+                attention=TorchAttention(kv),
+                num_positions=positions,
+                dtype=dtype,
+                device=device,
+                shard=shard,
+            )
+
+    def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        """Compute the batch's new tokens, write their KV, draw one token for each of `batch.samples`."""
+        hidden = self._decoder.forward(batch)
+        ends = np.cumsum(batch.query_lens, dtype=np.int64)
+        prompt_logprobs = [self._prompt_logprobs(hidden, batch, ends, row) for row in batch.prompt_logprobs]
+        if not batch.samples:
+            return ForwardOutput([], [], prompt_logprobs)
+        rows = ends[[sample.seq_idx for sample in batch.samples]] - 1
+        token_ids, logprobs = self._sampler.sample(hidden.logits(rows), batch.samples)
+        return ForwardOutput(token_ids, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(
+        self, hidden: HiddenStates, batch: ForwardBatch, ends: NDArray[np.int64], row: PromptLogprobsRow
+    ) -> list[TokenLogprobs]:
+        seq = row.seq_idx
+        start = int(ends[seq] - batch.query_lens[seq])
+        first_query_position = int(batch.context_lens[seq] - batch.query_lens[seq])
+        first_row = start + row.first_position - 1 - first_query_position
+        assert first_row >= start, "the row before the first wanted position is in this step's query"
+        done: list[TokenLogprobs] = []
+        for offset in range(0, len(row.token_ids), LOGPROB_ROWS):
+            token_ids = row.token_ids[offset : offset + LOGPROB_ROWS]
+            rows = np.arange(first_row + offset, first_row + offset + len(token_ids), dtype=np.int64)
+            part = PromptLogprobsRow(
+                seq, row.first_position + offset, token_ids, row.top_logprobs_num, row.token_ids_logprob
+            )
+            done.extend(self._sampler.prompt_logprobs(hidden.logits(rows), part))
+        return done
+
+
+def _wants_kernels(
+    attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
+) -> bool:
+    if attention_backend not in ATTENTION_BACKENDS:
+        known = ", ".join(ATTENTION_BACKENDS)
+        raise ModelError(f"--attention-backend {attention_backend} is unknown; known: {known}.")
+    if attention_backend == "torch_native":
+        return False
+    sizes = local_sizes(config, shard)
+    even = config.hidden_size % 2 == 0 and sizes.intermediate_size % 2 == 0
+    if even and CpuAttention.supports(dtype, device, config.head_dim):
+        return True
+    if attention_backend == "cpu":
+        raise ModelError(
+            "--attention-backend cpu needs --dtype bfloat16, --device cpu, an even hidden and feed-forward size and an "
+            f"even head size of at most 512; got {dtype}, {device}, {config.hidden_size}, {config.intermediate_size}, "
+            f"{config.head_dim}."
+        )
+    return False
