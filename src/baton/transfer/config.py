@@ -47,8 +47,9 @@ class TransferConfig:
     registration_interval_s: float = 10.0
     """Prefill: how often the registration is repeated, so that a restarted bootstrap server knows us again."""
     copy_threads: int = 1
-    chunk_bytes: int = 2 << 20
-    """Shared memory: pages are announced in groups of about this size, so that both sides work at the same time."""
+    chunk_bytes: int = 8 << 20
+    """Pages are summed and announced in groups that grow up to about this size: small first ones let both sides work at
+    the same time, large later ones cost fewer messages."""
     max_frame_bytes: int = 16 << 20
     """Limit of one control frame from the peer (the largest holds the input log-probabilities)."""
     max_pending_rooms: int = 8192

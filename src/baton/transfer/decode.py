@@ -138,4 +138,4 @@ class RankDecodeTransfer:
     def _stop(self) -> None:
         self._rooms.close("the decode worker is shutting down")
         for session in list(self._sessions.values()):
-            session.drop("the decode worker is shutting down")
+            session.close("the decode worker is shutting down")

@@ -17,6 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.protocol.errors import ErrorInfo
 from baton.transfer.bootstrap import RankAddress, look_up
 from baton.transfer.config import TransferConfig
 from baton.transfer.decode_rooms import DecodeRoom, DecodeRooms
@@ -38,7 +42,7 @@ from baton.transfer.frames import (
     Welcome,
 )  # fmt: skip
 from baton.transfer.heartbeat import Heartbeat
-from baton.transfer.pages import Pages, copy_pages, verify_page
+from baton.transfer.pages import Pages, checksum, copy_pages
 from baton.transfer.shm import RemotePages
 from baton.transfer.thread import TransferThread
 from baton.transfer.timers import Timers
@@ -113,8 +117,14 @@ class DecodeSession:
         """End the session; every room of it fails. Does nothing the second time."""
         if self._closed:
             return
+        log.warning("prefill session lost", extra={"bootstrap_addr": self.name, "reason": reason})
+        self.close(reason)
+
+    def close(self, reason: str) -> None:
+        """As `drop`, on purpose."""
+        if self._closed:
+            return
         self._closed = True
-        log.warning("prefill session ended", extra={"bootstrap_addr": self.name, "reason": reason})
         if self._wire is not None:
             self._wire.close()
         if self._heartbeat is not None:
@@ -137,7 +147,7 @@ class DecodeSession:
             self.drop(str(error))
         except asyncio.CancelledError:
             if not self._closed:  # The whole transfer is closing; a lost wire has already dropped us otherwise.
-                self.drop("closed")
+                self.close("closed")
         except Exception as error:  # A bug of ours: costs this session's rooms, reported as their end.
             log.exception("connecting failed", extra={"bootstrap_addr": self.name})
             self.drop(f"internal error: {error!r}")
@@ -244,13 +254,17 @@ class DecodeSession:
             return
         target = self._pages.array[state.page_ids[page.page_idx - state.first_page_idx]]
         self._incoming = state
-        self._wire.read_into(
-            target.data, lambda: self._page_arrived(state, partial(verify_page, target, page.checksum))
-        )
+        self._wire.read_into(target.data, lambda: self._page_arrived(state, target, page))
 
-    def _page_arrived(self, state: DecodeRoom, verify: Callable[[Callable[[], bool]], bool]) -> None:
+    def _page_arrived(self, state: DecodeRoom, target: NDArray[np.uint8], page: Page) -> None:
+        """Verified here, not on the copy thread: summing takes tens of microseconds, less than handing it over costs, and
+        the page is still in this core's cache."""
         self._incoming = None
-        self._run(state, 1, lambda: verify(lambda: state.failure is not None))
+        self._rooms.begin(state)
+        if checksum(target) == page.checksum:
+            self._rooms.done(state, 1, None)
+        else:
+            self._rooms.done(state, 0, _damaged(state))
 
     def _run(self, state: DecodeRoom, num_pages: int, work: Callable[[], bool]) -> None:
         self._rooms.begin(state)
@@ -261,8 +275,7 @@ class DecodeSession:
             log.error("copying pages failed", exc_info=problem, extra={"room": state.room})
             self._rooms.done(state, 0, broken(f"internal error: {problem!r}"))
         elif not future.result():
-            text = f"A page of bootstrap_room {state.room} arrived damaged (checksum mismatch)"
-            self._rooms.done(state, 0, broken(text))
+            self._rooms.done(state, 0, _damaged(state))
         else:
             self._rooms.done(state, num_pages, None)
 
@@ -271,6 +284,10 @@ class DecodeSession:
         if not self._scratch:
             self._scratch = memoryview(bytearray(self._pages.page_bytes))
         return self._scratch
+
+
+def _damaged(state: DecodeRoom) -> ErrorInfo:
+    return broken(f"A page of bootstrap_room {state.room} arrived damaged (checksum mismatch)")
 
 
 def _reachable(rank: RankAddress, bootstrap_host: str) -> tuple[str, int]:

@@ -41,11 +41,6 @@ def checksum_pages(pages: NDArray[np.uint8], page_ids: Sequence[int], stopped: S
     return sums
 
 
-def verify_page(page: NDArray[np.uint8], expected: int, stopped: Stopped) -> bool:
-    """Whether the page is intact; a stopped room's page counts as intact, nobody will use it."""
-    return stopped() or checksum(page) == expected
-
-
 def copy_pages(
     source: NDArray[np.uint8],
     source_ids: Sequence[int],

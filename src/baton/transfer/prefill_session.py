@@ -6,7 +6,7 @@ What a frame does to a room is decided in `prefill_rooms`; bytes and sockets are
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -223,16 +223,15 @@ class PrefillSession:
     async def _summed(self, job: SendJob) -> AsyncGenerator[tuple[int, Sequence[int], list[int]], None]:
         """Groups of pages (first index, ids, checksums), summed ahead on the copy thread. Ends early when the room is
         given up. When it is closed, no summing goes on."""
-        size = max(1, self._context.config.chunk_bytes // self._context.pages.page_bytes)
         state, pages = job.room, self._context.pages.array
+        groups = _groups(len(job.page_ids), max(1, self._context.config.chunk_bytes // self._context.pages.page_bytes))
         ahead: deque[tuple[int, Sequence[int], asyncio.Future[list[int] | None]]] = deque()
-        starts = iter(range(0, len(job.page_ids), size))
         try:
             while True:
-                while len(ahead) <= _NUM_GROUPS_AHEAD and (start := next(starts, None)) is not None:
-                    page_ids = job.page_ids[start : start + size]
+                while len(ahead) <= _NUM_GROUPS_AHEAD and (group := next(groups, None)) is not None:
+                    page_ids = job.page_ids[group]
                     work = partial(checksum_pages, pages, page_ids, lambda: state.failure is not None)
-                    ahead.append((job.first_page_idx + start, page_ids, self._context.thread.copy(work)))
+                    ahead.append((job.first_page_idx + group.start, page_ids, self._context.thread.copy(work)))
                 if not ahead:
                     return
                 first_idx, page_ids, future = ahead[0]
@@ -244,3 +243,11 @@ class PrefillSession:
         finally:
             if ahead:
                 await asyncio.wait([future for _, _, future in ahead])
+
+
+def _groups(num_pages: int, largest: int) -> Iterator[slice]:
+    """Consecutive slices of `num_pages`: 1, 2, 4, ... pages, up to `largest`."""
+    start, size = 0, 1
+    while start < num_pages:
+        yield slice(start, min(start + size, num_pages))
+        start, size = start + size, min(2 * size, largest)
