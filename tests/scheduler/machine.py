@@ -1,0 +1,198 @@
+"""What the scheduler's tests drive it with: a worker (scheduler, cache, runner without a model), a pair of them joined by
+a fake transfer, and the ledger of what each client was told."""
+
+from collections import deque
+from collections.abc import Iterable
+from random import Random
+from typing import Any
+
+from baton.engine.scheduler import pd
+from baton.engine.scheduler.config import SchedulerConfig
+from baton.engine.scheduler.scheduler import Scheduler
+from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
+from baton.protocol.errors import ErrorInfo
+from baton.protocol.rank import Bootstrap, Finish, RequestOutput, Submit, TokenLogprobs
+from baton.protocol.sampling import SamplingParams
+from baton.transfer.base import Bootstrapped, Event, Failed, Received, Sent
+from tests.fakes.paged_runner import PagedRunner
+
+
+def submit(
+    rid: str, prompt: Iterable[int], max_new_tokens: int | None = 4, room: int | None = None, **fields: Any
+) -> Submit:
+    """Fields of `Submit` by name; those of `SamplingParams` too."""
+    names = set(SamplingParams.__struct_fields__) & fields.keys()
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, **{name: fields.pop(name) for name in names})
+    bootstrap = None if room is None else Bootstrap("10.0.0.1", 8998, room)
+    return Submit(rid=rid, input_ids=list(prompt), sampling=sampling, bootstrap=fields.pop("bootstrap", bootstrap), **fields)
+
+
+class Ledger:
+    """What clients saw. Fails at the second finish of a rid, and at anything after the first."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.finishes: dict[str, Finish] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.input_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.last: dict[str, RequestOutput] = {}
+
+    def take(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            assert output.rid not in self.finishes, f"{output.rid} got output after its finish"
+            self.tokens.setdefault(output.rid, []).extend(output.token_ids)
+            self.logprobs.setdefault(output.rid, []).extend(output.logprobs)
+            self.last[output.rid] = output
+            if output.input_logprobs:
+                assert output.rid not in self.input_logprobs, "input logprobs come once"
+                self.input_logprobs[output.rid] = output.input_logprobs
+            if output.finish is not None:
+                self.finishes[output.rid] = output.finish
+
+
+class Worker:
+    def __init__(self, num_pages: int = 64, page_size: int = 4, shared: bool = True, **config: Any) -> None:
+        self.runner = PagedRunner(page_size)
+        self.cache = (PrefixCache if shared else UnsharedCache)(num_pages, page_size)
+        config.setdefault("context_len", 200)
+        self.scheduler = Scheduler(SchedulerConfig(**config), self.cache, Random(0))
+        self.ledger = Ledger()
+        self.now = 0.0
+
+    def add(self, request: Submit) -> None:
+        self.ledger.take(self.scheduler.add(request, self.now))
+
+    def step(self) -> bool:
+        """One turn of the rank's loop; False if there was nothing to run."""
+        self.now += 0.01
+        batch = self.scheduler.schedule(self.now)
+        if batch is not None:
+            self.scheduler.check_integrity()
+            output = self.runner.run(batch)
+            self.ledger.take(self.scheduler.apply(output, self.now))
+        self.ledger.take(self.scheduler.drain_outputs(self.now))
+        self.scheduler.check_integrity()
+        return batch is not None
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Until nothing can run."""
+        for _ in range(max_steps):
+            if not self.step():
+                return
+        raise AssertionError(f"still running after {max_steps} steps")
+
+    def state_of(self, rid: str) -> str:
+        return self.scheduler._life.live[rid].status.value
+
+
+class Pair:
+    """A prefill and a decode worker and a transfer that keeps the contract of `transfer.base`, one message at a time.
+
+    While it owns pages of the decode side it scribbles into those it has not written yet, so that a page given back too
+    early is found by whoever reads it next.
+    """
+
+    def __init__(self, prefill: Worker, decode: Worker) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.expected: set[int] = set()
+        self.receives: dict[int, pd.Receive] = {}
+        self.sends: dict[int, list[pd.SendPages]] = {}
+        self.matched: set[int] = set()
+        self.ended: set[int] = set()
+        self.to_prefill: deque[Event] = deque()
+        self.to_decode: deque[Event] = deque()
+
+    def pump_actions(self) -> None:
+        for action in self.prefill.scheduler.drain_actions():
+            match action:
+                case pd.Expect(room, timeout_s):
+                    assert room not in self.expected and timeout_s >= 0
+                    self.expected.add(room)
+                    self._fail_if_over(room)
+                case pd.SendPages(room):
+                    if room in self.ended:
+                        continue  # its end event is on the way
+                    assert room in self.matched, "sent before Bootstrapped"
+                    self.sends.setdefault(room, []).append(action)
+                    self._write(action)
+                case pd.AbortTransfer(room):
+                    self.fail(room, "aborted by prefill")
+        for action in self.decode.scheduler.drain_actions():
+            match action:
+                case pd.Receive(room):
+                    assert room not in self.receives
+                    self.receives[room] = action
+                    for page in action.page_ids:
+                        self.decode.runner.scribble(page)
+                    self._fail_if_over(room)
+                case pd.AbortTransfer(room):
+                    self.fail(room, "aborted by decode")
+        for room in sorted(self.expected & self.receives.keys() - self.matched):
+            self.matched.add(room)
+            self.to_prefill.append(Bootstrapped(room, self.receives[room].first_page_idx))
+
+    def _write(self, sent: pd.SendPages) -> None:
+        """Copy at once; the end events come when a test delivers them."""
+        target = self.receives.get(sent.room)
+        if target is None:
+            return
+        for i, page in enumerate(sent.page_ids):
+            idx = sent.first_page_idx + i - target.first_page_idx
+            assert 0 <= idx < len(target.page_ids), "a page that the decode side did not ask for"
+            self.decode.runner.copy_page(self.prefill.runner, page, target.page_ids[idx])
+        if sent.first_token is not None:
+            self._check_complete(sent.room, target)
+            self._close(sent.room)
+            self.to_decode.append(Received(sent.room, sent.first_token, 1000, 0.001, 0.001))
+            self.to_prefill.append(Sent(sent.room, 1000, 0.001))
+
+    def _check_complete(self, room: int, target: pd.Receive) -> None:
+        sent = [i for s in self.sends[room] for i in range(s.first_page_idx, s.first_page_idx + len(s.page_ids))]
+        first = target.first_page_idx
+        assert sent == list(range(first, first + len(target.page_ids))), "every page exactly once, in order"
+
+    def _fail_if_over(self, room: int) -> None:
+        """The peer has ended this room already."""
+        if room in self.ended:
+            self.fail(room, "the peer is gone")
+
+    def _close(self, room: int) -> None:
+        self.ended.add(room)
+        self.expected.discard(room)
+        self.receives.pop(room, None)
+        self.matched.discard(room)
+
+    def fail(self, room: int, message: str) -> None:
+        """Both sides that know the room hear of its end; nothing touches its pages afterwards."""
+        error = ErrorInfo("TransferError", 500, message, "transfer", retryable=True)
+        if room in self.expected:
+            self.to_prefill.append(Failed(room, error))
+        if room in self.receives:
+            for page in self.receives[room].page_ids:
+                self.decode.runner.scribble(page)
+            self.to_decode.append(Failed(room, error))
+        self._close(room)
+
+    def deliver(self) -> bool:
+        """Hand over one event a side."""
+        delivered = False
+        if self.to_prefill:
+            self.prefill.scheduler.on_transfer_event(self.to_prefill.popleft(), self.prefill.now)
+            delivered = True
+        if self.to_decode:
+            self.decode.scheduler.on_transfer_event(self.to_decode.popleft(), self.decode.now)
+            delivered = True
+        return delivered
+
+    def step(self) -> bool:
+        progress = False
+        for worker in (self.prefill, self.decode):
+            progress |= worker.step()
+            self.pump_actions()
+        return self.deliver() or progress
+
+    def run(self, max_steps: int = 3000) -> None:
+        for _ in range(max_steps):
+            if not self.step() and not self.step():
+                return
+        raise AssertionError(f"still running after {max_steps} steps")

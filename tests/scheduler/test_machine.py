@@ -1,0 +1,204 @@
+"""Random requests, aborts, time-outs, tiny pools and transfer failures: after every step each page has one owner, in the
+end each request has one finish, and whoever finished has exactly the tokens that it would have had alone."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from baton.protocol.rank import Submit
+from tests.fakes.paged_runner import oracle
+from tests.scheduler.machine import Ledger, Pair, Worker, submit
+
+# Prompts from few pieces, so that prefixes are shared.
+PROMPTS = st.lists(st.sampled_from([[1], [2, 3], [1, 2, 3, 4], [5] * 7]), min_size=1, max_size=5).map(
+    lambda pieces: [token for piece in pieces for token in piece]
+)
+EOS = 13
+
+
+def requests(rid: str, room: int | None) -> st.SearchStrategy[Submit]:
+    return st.builds(
+        submit,
+        st.just(rid),
+        PROMPTS,
+        st.one_of(st.none(), st.integers(0, 12)),
+        room=st.just(room),
+        extra_key=st.sampled_from([None, None, "salt"]),
+        output_ids=st.lists(st.integers(20, 90), max_size=2),
+        ignore_eos=st.booleans(),
+        timeout_s=st.sampled_from([None, None, None, 0.05, 1.0]),
+        return_logprob=st.booleans(),
+        logprob_start_len=st.sampled_from([-1, 0, 1, 5]),
+        priority=st.integers(0, 2),
+    )
+
+
+CONFIGS: dict[str, st.SearchStrategy[Any]] = {
+    "policy": st.sampled_from(["fcfs", "lpm", "random", "lof"]),
+    "chunked_prefill_size": st.sampled_from([None, 4, 8]),
+    "max_prefill_tokens": st.sampled_from([6, 100]),
+    "enable_mixed_chunk": st.booleans(),
+    "enable_priority": st.booleans(),
+    "max_running_requests": st.sampled_from([1, 3, 32]),
+    "max_queued_requests": st.sampled_from([None, 3]),
+    "num_pages": st.sampled_from([8, 12, 40]),
+    "page_size": st.sampled_from([1, 2, 4]),
+    "shared": st.booleans(),
+}
+
+
+def check_request(request: Submit, ledger: Ledger, context_len: int) -> None:
+    """What the client saw of one request, against the oracle."""
+    finish = ledger.finishes[request.rid]
+    tokens = request.output_ids + ledger.tokens.get(request.rid, [])
+    limit = context_len - len(request.input_ids)
+    if request.sampling.max_new_tokens is not None:
+        limit = min(limit, request.sampling.max_new_tokens)
+    stop_ids = frozenset() if request.sampling.ignore_eos else frozenset({EOS})
+    prompt = request.input_ids + request.output_ids
+    expected = request.output_ids + oracle(prompt, max(0, limit - len(request.output_ids)), stop_ids)
+    assert tokens == expected[: len(tokens)], "a wrong token"
+    if finish.type == "abort":
+        assert finish.error is not None and finish.error.request_id == request.rid
+        return
+    assert tokens == expected
+    assert finish.type == ("stop" if expected and expected[-1] in stop_ids else "length")
+    if request.return_logprob and ledger.tokens.get(request.rid):
+        assert [entry.token_id for entry in ledger.logprobs[request.rid]] == ledger.tokens[request.rid]
+        wanted = request.input_ids[request.logprob_start_len :] if request.logprob_start_len >= 0 else []
+        assert [entry.token_id for entry in ledger.input_logprobs.get(request.rid, [])] == wanted
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(config=st.fixed_dictionaries(CONFIGS), context_len=st.sampled_from([30, 200]))
+    def start(self, config: dict[str, Any], context_len: int) -> None:
+        self.worker = Worker(eos_token_ids=(EOS,), context_len=context_len, **config)
+        self.sent: list[Submit] = []
+
+    @rule(data=st.data())
+    def add(self, data: st.DataObject) -> None:
+        request = data.draw(requests(f"r{len(self.sent)}", None))
+        self.sent.append(request)
+        self.worker.add(request)
+        self.worker.scheduler.check_integrity()
+
+    @rule(data=st.data(), stop=st.sampled_from([None, None, "END"]))
+    def abort(self, data: st.DataObject, stop: str | None) -> None:
+        if self.sent:
+            rid = data.draw(st.sampled_from(self.sent)).rid
+            self.worker.scheduler.abort(rid, "gone", self.worker.now, stop)
+            self.worker.scheduler.check_integrity()
+            self.worker.ledger.take(self.worker.scheduler.drain_outputs(self.worker.now))
+
+    @rule(count=st.integers(1, 6))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.worker.step()
+
+    @rule(data=st.data())
+    def abort_in_flight(self, data: st.DataObject) -> None:
+        scheduler, worker = self.worker.scheduler, self.worker
+        batch = scheduler.schedule(worker.now)
+        if batch is not None:
+            scheduler.abort(data.draw(st.sampled_from(self.sent)).rid, "gone", worker.now)
+            scheduler.check_integrity()
+            worker.ledger.take(scheduler.apply(worker.runner.run(batch), worker.now))
+
+    @rule()
+    def flush(self) -> None:
+        idle = self.worker.scheduler.is_idle
+        assert self.worker.scheduler.flush_cache() == idle
+
+    def teardown(self) -> None:
+        if not hasattr(self, "worker"):
+            return
+        self.worker.run()
+        assert self.worker.scheduler.is_idle
+        for request in self.sent:
+            if self.worker.ledger.finishes[request.rid].matched != "END":
+                check_request(request, self.worker.ledger, self.worker.scheduler.config.context_len)
+        assert self.worker.scheduler.flush_cache()
+        assert self.worker.cache.num_free == self.worker.cache.num_pages
+
+
+class PairMachine(RuleBasedStateMachine):
+    """The same through prefill and decode. Every token the decode side gives must follow from KV that crossed."""
+
+    @initialize(prefill=st.fixed_dictionaries(CONFIGS), decode=st.fixed_dictionaries(CONFIGS))
+    def start(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+        page_size = prefill["page_size"]
+        self.pair = Pair(
+            Worker(mode="prefill", eos_token_ids=(EOS,), context_len=60, **prefill),
+            Worker(
+                mode="decode",
+                eos_token_ids=(EOS,),
+                context_len=60,
+                num_reserved_decode_tokens=4,
+                **(decode | {"page_size": page_size}),
+            ),
+        )
+        self.sent: list[Submit] = []
+
+    @rule(data=st.data(), order=st.sampled_from(["pd", "dp"]))
+    def add(self, data: st.DataObject, order: str) -> None:
+        request = data.draw(requests(f"r{len(self.sent)}", 100 + len(self.sent)))
+        self.sent.append(request)
+        for side in order:
+            (self.pair.prefill if side == "p" else self.pair.decode).add(request)
+        self.settle()
+
+    @rule(data=st.data(), side=st.sampled_from(["prefill", "decode"]))
+    def abort(self, data: st.DataObject, side: str) -> None:
+        if self.sent:
+            worker: Worker = getattr(self.pair, side)
+            worker.scheduler.abort(data.draw(st.sampled_from(self.sent)).rid, "gone", worker.now)
+            self.settle()
+
+    @rule(data=st.data())
+    def transfer_fails(self, data: st.DataObject) -> None:
+        rooms = sorted(self.pair.expected | self.pair.receives.keys())
+        if rooms:
+            self.pair.fail(data.draw(st.sampled_from(rooms)), "broken")
+            self.settle()
+
+    @rule(side=st.sampled_from(["prefill", "decode"]), count=st.integers(1, 4))
+    def steps(self, side: str, count: int) -> None:
+        for _ in range(count):
+            getattr(self.pair, side).step()
+            self.settle()
+
+    @rule()
+    def deliver(self) -> None:
+        self.pair.deliver()
+        self.settle()
+
+    def settle(self) -> None:
+        for worker in (self.pair.prefill, self.pair.decode):
+            worker.ledger.take(worker.scheduler.drain_outputs(worker.now))
+            worker.scheduler.check_integrity()
+        self.pair.pump_actions()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pair"):
+            return
+        self.pair.run()
+        # Rooms that only one side knows (the other refused or gave up): their time-out.
+        while rooms := sorted(self.pair.expected | self.pair.receives.keys()):
+            for room in rooms:
+                self.pair.fail(room, "timed out")
+            self.pair.run()
+        for worker in (self.pair.prefill, self.pair.decode):
+            assert worker.scheduler.is_idle
+            assert worker.ledger.finishes.keys() == {request.rid for request in self.sent}
+            assert worker.scheduler.flush_cache()
+            assert worker.cache.num_free == worker.cache.num_pages
+        for request in self.sent:
+            check_request(request, self.pair.decode.ledger, 60)
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPair = PairMachine.TestCase
+TestPair.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
