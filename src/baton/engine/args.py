@@ -1,0 +1,241 @@
+"""The flags of one engine worker: SGLang's names, aliases and defaults, each with what it does here.
+
+`EngineArgs` is the one table: parsing, --help, /get_server_info and the notes at start are all derived from its fields.
+Values stay as given (None: "choose"); what the engine chooses for them is decided where it is used. Not here: how flags are
+parsed (`flags`), model configuration, torch.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from baton.engine.flags import (
+    FlagError,
+    HelpRequested,
+    flag,
+    flags_of,
+    format_help,
+    option,
+    parse_flags,
+)
+
+USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.launch_server takes the same)"
+_LATER = "not served yet"
+_KERNELS = "kernels are chosen by the device"
+_SINGLE = "a worker is one rank so far"
+_HICACHE = "there is no host or storage tier yet; pages stay on the device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """One worker's settings. Units are in the help texts."""
+
+    # One line a flag: it is a table.
+    # fmt: off
+    # Model and tokenizer.
+    model_path: str = flag("", "model directory, .gguf file or hub id", aliases=("--model",), is_required=True)
+    tokenizer_path: str | None = flag(None, "directory of the tokenizer; none: the model's")
+    tokenizer_mode: str = flag("auto", "auto or slow", choices=("auto", "slow"), effect="no effect", reason="there is one tokenizer, the fast one")
+    skip_tokenizer_init: bool = flag(False, "token ids in, token ids out; no text")
+    load_format: str = flag("auto", "how weights are stored", choices=("auto", "safetensors", "gguf", "dummy"))
+    trust_remote_code: bool = flag(False, "accepted for manifests", effect="no effect", reason="no code from a model directory is ever run")
+    context_length: int | None = flag(None, "context length in tokens; none: the model's", kind=int, minimum=1)
+    is_embedding: bool = flag(False, "serve embeddings", effect="refused", reason=f"embeddings are {_LATER}")
+    revision: str | None = flag(None, "revision of a hub id")
+    dtype: str = flag("auto", "of weights and activations", choices=("auto", "half", "float16", "bfloat16", "float", "float32"))
+    quantization: str | None = flag(None, "quantisation method", effect="refused", reason=f"quantised computation is {_LATER}; GGUF files are dequantised")
+    kv_cache_dtype: str = flag("auto", "of the KV cache", effect="refused", reason=f"a KV cache of another dtype than the model's is {_LATER}", accepts=("auto",))
+    json_model_override_args: str = flag("{}", "overrides of the model's config", effect="refused", reason=f"config overrides are {_LATER}", accepts=("{}",))
+    lora_paths: tuple[str, ...] | None = flag(None, "LoRA adapters", is_list=True, effect="refused", reason=f"LoRA is {_LATER}")
+    enable_lora: bool = flag(False, "LoRA", effect="refused", reason=f"LoRA is {_LATER}")
+    max_loras_per_batch: int = flag(8, "LoRA adapters in one batch", effect="no effect", reason=f"LoRA is {_LATER}")
+
+    # HTTP.
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(30000, "port to listen on; 0: any free one", minimum=0)
+    skip_server_warmup: bool = flag(False, "do not generate once before being ready")
+    api_key: str | None = flag(None, "clients must send it as a Bearer token")
+    served_model_name: str | None = flag(None, "name in the OpenAI routes; none: --model-path")
+    chat_template: str | None = flag(None, "Jinja file; none: the model's own")
+    enable_cache_report: bool = flag(False, "fill usage.prompt_tokens_details.cached_tokens")
+    sampling_defaults: str = flag("model", "defaults of the OpenAI routes: the model's generation_config.json, or OpenAI's", choices=("model", "openai"))
+    reasoning_parser: str | None = flag(None, "split reasoning from content", effect="not served", reason="reasoning stays in the content")
+    tool_call_parser: str | None = flag(None, "parse tool calls", effect="not served", reason="requests with tools are refused")
+    grammar_backend: str | None = flag(None, "for structured output", effect="not served", reason="requests that need a grammar are refused")
+    constrained_json_whitespace_pattern: str | None = flag(None, "for structured output", effect="not served", reason="requests that need a grammar are refused")
+    stream_interval: int = flag(1, "tokens per stream event", minimum=1)
+    stream_output: bool = flag(False, "/generate streams carry new output_ids only")
+    config: str | None = flag(None, "YAML file of flags", effect="refused", reason="give the flags on the command line")
+
+    # Scheduling and memory.
+    mem_fraction_static: float | None = flag(None, "share of device memory for weights and KV", kind=float, effect="gpu only", reason="on a CPU the KV pool is sized by --max-total-tokens or the machine's free memory")
+    max_running_requests: int | None = flag(None, "requests in one decode batch; none: as many as fit", kind=int, minimum=1)
+    max_queued_requests: int | None = flag(None, "requests that may wait; more are answered 503; none: no bound; ignored with prefill-decode disaggregation", kind=int, minimum=0)
+    max_total_tokens: int | None = flag(None, "KV pool size in tokens", kind=int, minimum=1)
+    chunked_prefill_size: int | None = flag(None, "tokens of one prefill step; -1: no chunking; none: 2048 on a CPU, 4096 on a GPU", kind=int, minimum=-1)
+    max_prefill_tokens: int = flag(16384, "prompt tokens of one batch", minimum=1)
+    schedule_policy: str = flag("fcfs", "order of waiting requests", choices=("lpm", "fcfs"))
+    enable_priority_scheduling: bool = flag(False, "higher `priority` first", effect="not served", reason="requests run in --schedule-policy order")
+    schedule_low_priority_values_first: bool = flag(False, "lower `priority` first", effect="not served", reason="requests run in --schedule-policy order")
+    priority_scheduling_preemption_threshold: int = flag(10, "preemption by priority", effect="not served", reason="requests run in --schedule-policy order")
+    schedule_conservativeness: float = flag(1.0, "above 1: fewer requests at once, fewer retractions", minimum=0.0)
+    page_size: int | None = flag(None, "tokens of one KV page; none: the attention backend's (16 on a CPU)", kind=int, minimum=1)
+    radix_eviction_policy: str = flag("lru", "which cached pages go first", choices=("lru",))
+    disable_radix_cache: bool = flag(False, "no prefix cache")
+    device: str | None = flag(None, "cpu or cuda; none: cuda if there is one", choices=("cpu", "cuda"))
+    num_continuous_decode_steps: int = flag(1, "decode steps between two schedules", minimum=1, effect="not served", reason="the schedule is made anew for every step")
+    enable_mixed_chunk: bool = flag(False, "prefill chunks and decode in one batch", effect="not served", reason="the scheduler decides")
+    disable_overlap_schedule: bool = flag(False, "schedule and compute in turn", effect="no effect", reason="they take turns anyway")
+    random_seed: int | None = flag(None, "seed of requests that bring none", kind=int)
+    watchdog_timeout: float = flag(300.0, "seconds without an answer after which the model process counts as hung", minimum=1)
+
+    # Parallelism.
+    tp_size: int = flag(1, "tensor-parallel ranks", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
+    pp_size: int = flag(1, "pipeline stages", aliases=("--pp", "--pipeline-parallel-size"), minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
+    dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
+    ep_size: int = flag(1, "expert-parallel ranks", aliases=("--ep", "--expert-parallel-size"), minimum=1, effect="no effect", reason=_SINGLE)
+    load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_SINGLE)
+    dist_init_addr: str | None = flag(None, "host:port where several nodes meet", aliases=("--nccl-init-addr",))
+    nnodes: int = flag(1, "nodes of this worker", minimum=1)
+    node_rank: int = flag(0, "this node's number", minimum=0)
+    base_gpu_id: int = flag(0, "first GPU", minimum=0, effect="gpu only", reason="there is no GPU to choose")
+    gpu_id_step: int = flag(1, "GPUs between two ranks", minimum=1, effect="gpu only", reason="there is no GPU to choose")
+
+    # Kernels.
+    attention_backend: str | None = flag(None, "attention kernels; none: the device's", effect="not served", reason=_KERNELS, accepts=("torch_native", "torch"))
+    sampling_backend: str | None = flag(None, "sampling kernels", effect="no effect", reason=_KERNELS)
+    disable_cuda_graph: bool = flag(False, "launch kernels one by one", effect="no effect", reason="CUDA graphs are not used yet")
+    cuda_graph_max_bs: int | None = flag(None, "largest batch in a CUDA graph", kind=int, effect="no effect", reason="CUDA graphs are not used yet")
+    cuda_graph_bs: tuple[int, ...] | None = flag(None, "batch sizes of CUDA graphs", kind=int, is_list=True, effect="no effect", reason="CUDA graphs are not used yet")
+    enable_torch_compile: bool = flag(False, "compile the model", effect="no effect", reason="the model is not compiled")
+    torch_compile_max_bs: int = flag(32, "largest batch compiled for", effect="no effect", reason="the model is not compiled")
+    speculative_algorithm: str | None = flag(None, "speculative decoding", effect="not served", reason="decoding is not speculative; answers are the same")
+    speculative_draft_model_path: str | None = flag(None, "draft model", effect="not served", reason="decoding is not speculative; answers are the same")
+    speculative_num_steps: int | None = flag(None, "draft steps", kind=int, effect="not served", reason="decoding is not speculative; answers are the same")
+    speculative_eagle_topk: int | None = flag(None, "draft width", kind=int, effect="not served", reason="decoding is not speculative; answers are the same")
+    speculative_num_draft_tokens: int | None = flag(None, "draft tokens", kind=int, effect="not served", reason="decoding is not speculative; answers are the same")
+
+    # Tiers of the KV cache.
+    enable_hierarchical_cache: bool = flag(False, "host and storage tiers", effect="not served", reason=_HICACHE)
+    hicache_ratio: float = flag(2.0, "host tier size by device tier size", effect="not served", reason=_HICACHE)
+    hicache_size: int = flag(0, "host tier size in GB", effect="not served", reason=_HICACHE)
+    hicache_write_policy: str = flag("write_through", "when pages go down a tier", choices=("write_back", "write_through", "write_through_selective"), effect="not served", reason=_HICACHE)
+    hicache_io_backend: str = flag("kernel", "how pages move", effect="not served", reason=_HICACHE)
+    hicache_mem_layout: str = flag("layer_first", "layout of the host tier", effect="not served", reason=_HICACHE)
+    hicache_storage_backend: str | None = flag(None, "storage tier", effect="not served", reason=_HICACHE)
+    hicache_storage_prefetch_policy: str = flag("best_effort", "when to wait for storage", effect="not served", reason=_HICACHE)
+    hicache_storage_backend_extra_config: str | None = flag(None, "JSON for the storage tier", effect="not served", reason=_HICACHE)
+    enable_lmcache: bool = flag(False, "LMCache as the tiers", effect="not served", reason=_HICACHE)
+
+    # Logs and metrics.
+    log_level: str = flag("info", "debug, info, warning, error", choices=("debug", "info", "warning", "error", "critical"))
+    log_level_http: str | None = flag(None, "of the access log; none: --log-level", choices=("debug", "info", "warning", "error", "critical"))
+    log_requests: bool = flag(False, "log every request")
+    log_requests_level: int = flag(2, "0: ids and counts; 1: and sampling; 2: and cut-off text; 3: and all text", minimum=0)
+    show_time_cost: bool = flag(False, "log time costs", effect="no effect", reason="--log-requests shows times")
+    enable_metrics: bool = flag(False, "serve /metrics")
+    decode_log_interval: int = flag(40, "decode steps between two log lines", minimum=1)
+    enable_request_time_stats_logging: bool = flag(False, "log the times of every request", effect="no effect", reason="--log-requests shows times")
+    bucket_time_to_first_token: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
+    bucket_inter_token_latency: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
+    bucket_e2e_request_latency: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
+    collect_tokens_histogram: bool = flag(False, "histograms of prompt and generated tokens")
+    kv_events_config: str | None = flag(None, "publish cache events", effect="not served", reason="no cache events are published")
+    enable_trace: bool = flag(False, "OpenTelemetry", effect="not served", reason="no traces are sent")
+    otlp_traces_endpoint: str = flag("localhost:4317", "OpenTelemetry", effect="not served", reason="no traces are sent")
+
+    # Prefill and decode on separate workers.
+    disaggregation_mode: Literal["null", "prefill", "decode"] = flag("null", "this worker's part", choices=("null", "prefill", "decode"))
+    disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "fake"), effect="not served", reason="pages travel through shared memory on one host and TCP between hosts", accepts=("fake",))
+    disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0)
+    disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
+    disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
+    disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
+    disaggregation_ib_device: str | None = flag(None, "RDMA devices", effect="no effect", reason="RDMA is not used")
+    disaggregation_decode_enable_offload_kvcache: bool = flag(False, "decode writes KV back", effect="not served", reason=_HICACHE)
+    disaggregation_decode_polling_interval: int = flag(1, "loops between two polls", minimum=1, effect="no effect", reason="transfers wake the scheduler; nothing polls")
+    disaggregation_decode_enable_radix_cache: bool = flag(False, "prefix cache on decode", effect="no effect", reason="it is on unless --disable-radix-cache")
+    disaggregation_decode_allocation_policy: str = flag("early", "when decode reserves pages", choices=("early", "prefill_complete"), effect="not served", reason="pages are reserved early", accepts=("early",))
+    disaggregation_enable_kv_checksum: bool = flag(False, "check every page", effect="no effect", reason="every page is always checked")
+    disaggregation_decode_retraction_backup: str | None = flag(None, "where retracted KV goes", effect="not served", reason="a retracted request keeps what the prefix cache keeps")
+    disaggregation_decode_extra_slots: int | None = flag(None, "requests in transfer beside the running ones", kind=int, effect="not served", reason="requests in transfer are bounded by pages")
+    disaggregation_decode_host_receive_threshold: float = flag(1.0, "when to receive into host memory", effect="not served", reason=_HICACHE)
+    num_reserved_decode_tokens: int = flag(512, "tokens kept free for each running request on decode", minimum=0)
+    prefill_round_robin_balance: bool = flag(False, "among data-parallel prefills", effect="no effect", reason=_SINGLE)
+    enable_pd_role_switch: bool = flag(False, "change roles while running", effect="not served", reason="a worker keeps its role")
+    pdlb_url: str | None = flag(None, "register with a load balancer", effect="not served", reason="name this worker on the router's command line")
+
+    # Of SGLang 0.4.10.
+    max_micro_batch_size: int | None = flag(None, "requests of one micro batch", kind=int, effect="no effect", reason=f"pipelines are {_LATER}")
+    # fmt: on
+
+    @property
+    def name(self) -> str:
+        """What the OpenAI routes call the model."""
+        return self.served_model_name or self.model_path
+
+
+def _is_given(args: EngineArgs, field: str) -> bool:
+    default = next(one.default for one in dataclasses.fields(args) if one.name == field)
+    return bool(getattr(args, field) != default)
+
+
+def _refusals(args: EngineArgs) -> list[str]:
+    problems: list[str] = []
+    for field, one in flags_of(EngineArgs).items():
+        if one.effect == "refused" and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
+            problems.append(f"{option(field)} {getattr(args, field)}: {one.reason}")
+    if args.node_rank >= args.nnodes:
+        problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
+    if args.nnodes > 1 and args.dist_init_addr is None:
+        problems.append("--dist-init-addr is required with --nnodes above 1")
+    if args.chunked_prefill_size == 0:
+        problems.append("--chunked-prefill-size must be -1 (no chunking) or at least 1, got 0")
+    if args.disaggregation_mode == "decode":
+        for field in ("disaggregation_decode_tp", "disaggregation_decode_dp"):
+            if getattr(args, field) is not None:
+                problems.append(f"{option(field)} is for prefill workers; this one is decode")
+    return problems
+
+
+def parse_engine_args(argv: Sequence[str]) -> EngineArgs:
+    """Settings from a command line. Prints every problem and exits with 2 when there is one; prints help and exits with 0."""
+    try:
+        return engine_args(argv)
+    except HelpRequested:
+        sys.stdout.write(format_help(EngineArgs, USAGE) + "\n")
+        raise SystemExit(0) from None
+    except FlagError as error:
+        sys.stderr.write("".join(f"baton engine: {problem}\n" for problem in error.problems))
+        raise SystemExit(2) from None
+
+
+def engine_args(argv: Sequence[str]) -> EngineArgs:
+    """Like `parse_engine_args`, but raises `FlagError` or `HelpRequested`."""
+    return parse_flags(EngineArgs, argv, _refusals)
+
+
+def start_notes(args: EngineArgs, device: str) -> list[str]:
+    """One line for each flag that was given and does nothing on `device` ("cpu", "cuda"): its name and the reason."""
+    notes: list[str] = []
+    for field, one in flags_of(EngineArgs).items():
+        silent = one.effect in ("effective", "refused") or (one.effect == "gpu only" and device != "cpu")
+        if not silent and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
+            verb = "is not served" if one.effect == "not served" else "has no effect"
+            notes.append(f"{option(field)} {verb}: {one.reason}")
+    if args.tp_size > 1 and args.nnodes == 1 and device == "cpu":
+        notes.append(f"--tp-size {args.tp_size} has no effect: a rank is a whole CPU, so one CPU host is one rank")
+    if args.max_queued_requests is not None and args.disaggregation_mode != "null":
+        notes.append(
+            "--max-queued-requests has no effect: with prefill-decode disaggregation the router bounds requests"
+        )
+    return notes
+
+
+def public_args(args: EngineArgs) -> dict[str, object]:
+    """Every setting by name, for /get_server_info; secrets are left out."""
+    values = {one.name: getattr(args, one.name) for one in dataclasses.fields(args)}
+    values["api_key"] = None if args.api_key is None else "***"
+    return values

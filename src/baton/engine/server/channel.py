@@ -1,0 +1,167 @@
+"""The two ends of the wire between a worker's HTTP process and its rank: ZeroMQ over a private unix socket directory.
+
+Owns addresses, sockets and message encoding (msgpack of `baton.protocol.rank`; nothing else ever crosses). Each direction
+is a PUSH/PULL pair whose reader binds and whose writer connects, so that a write never blocks and never needs the peer to
+be there yet. Not here: what messages mean (`client` on the HTTP side, the rank's loop on the other). No HTTP and no torch
+is imported, so that the rank can use it.
+"""
+
+import asyncio
+import contextlib
+import os
+import selectors
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from baton.protocol.rank import FromRank, ToRank
+
+MAX_SOCKET_PATH_BYTES = 100
+"""Linux allows 107 for a unix socket path; libzmq and our file names need a little of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelAddress:
+    """A directory (mode 0700) that holds the sockets of one worker. Whoever called `create` calls `remove`."""
+
+    directory: str
+
+    @classmethod
+    def create(cls) -> "ChannelAddress":
+        directory = tempfile.mkdtemp(prefix="baton-")
+        if len(directory) > MAX_SOCKET_PATH_BYTES - len("/from_rank"):
+            # A long TMPDIR cannot hold a unix socket.
+            Path(directory).rmdir()
+            directory = tempfile.mkdtemp(prefix="baton-", dir="/tmp")
+        return cls(directory)
+
+    @property
+    def to_rank(self) -> str:
+        return f"ipc://{self.directory}/to_rank"
+
+    @property
+    def from_rank(self) -> str:
+        return f"ipc://{self.directory}/from_rank"
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _writer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+    socket = context.socket(zmq.PUSH)
+    # No high-water mark: what may be queued is bounded by requests in flight, and a full queue must not block a loop.
+    socket.set(zmq.SNDHWM, 0)
+    # What was sent last (a `Fatal`, an abort) still has a moment to leave when the process ends.
+    socket.set(zmq.LINGER, 500)
+    socket.connect(address)
+    return socket
+
+
+def _reader(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+    socket = context.socket(zmq.PULL)
+    socket.set(zmq.RCVHWM, 0)
+    socket.set(zmq.LINGER, 0)
+    socket.bind(address)
+    return socket
+
+
+def _descriptor(socket: "zmq.Socket[bytes]") -> int:
+    descriptor = socket.getsockopt(zmq.FD)
+    assert isinstance(descriptor, int)
+    return descriptor
+
+
+def _drain(socket: "zmq.Socket[bytes]") -> list[bytes]:
+    frames: list[bytes] = []
+    while True:
+        try:
+            frames.append(socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return frames
+
+
+class ServerChannel:
+    """The HTTP process's end. `on_message` runs in the event loop, once per message, in order."""
+
+    def __init__(self, address: ChannelAddress) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._reader = _reader(self._context, address.from_rank)
+        self._writer = _writer(self._context, address.to_rank)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_message: Callable[[FromRank], None] | None = None
+
+    def start(self, on_message: Callable[[FromRank], None]) -> None:
+        """Read messages from now on, in the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
+        self._loop.add_reader(_descriptor(self._reader), self._on_readable)
+        # The descriptor is edge-triggered: what came before it was watched raises no event.
+        self._loop.call_soon(self._on_readable)
+
+    def send(self, message: ToRank) -> None:
+        """Queue a message; never blocks."""
+        self._writer.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        if self._writer.closed:
+            return
+        if self._loop is not None:
+            self._loop.remove_reader(_descriptor(self._reader))
+        self._reader.close()
+        self._writer.close()
+        self._context.term()
+
+    def _on_readable(self) -> None:
+        if self._reader.closed or self._on_message is None:
+            return
+        for frame in _drain(self._reader):
+            self._on_message(self._decoder.decode(frame))
+
+
+class RankChannel:
+    """The rank's end, for a plain blocking loop. `wake` may be called from any thread; the rest from one thread only."""
+
+    def __init__(self, address: ChannelAddress) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._reader = _reader(self._context, address.to_rank)
+        self._writer = _writer(self._context, address.from_rank)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(_descriptor(self._reader), selectors.EVENT_READ)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ)
+
+    def receive(self, timeout_s: float | None = 0.0) -> list[ToRank]:
+        """Messages that are there, oldest first. With none, wait up to `timeout_s` (None: without end) for a message or a
+        `wake`; may return [] in either case."""
+        frames = _drain(self._reader)
+        if not frames and timeout_s != 0.0:
+            self._selector.select(timeout_s)
+            frames = _drain(self._reader)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        return [self._decoder.decode(frame) for frame in frames]
+
+    def wake(self) -> None:
+        """End a `receive` that waits, or the next one that would."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def send(self, message: FromRank) -> None:
+        self._writer.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        if self._writer.closed:
+            return
+        self._selector.close()
+        self._reader.close()
+        self._writer.close()
+        self._context.term()
+        os.close(self._wake_fd)

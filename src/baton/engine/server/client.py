@@ -1,0 +1,248 @@
+"""The HTTP process's view of its rank: sequences by id, calls with an answer, and what happens when the rank is gone.
+
+Owns the table of sequences in flight. Every sequence started here ends exactly once: by the rank's last row, by a stop
+string, by its deadline, or by `fail` when the rank is lost. Neighbours: `channel` carries the messages, `generation` makes
+text. Not here: HTTP, request formats.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from baton.engine.detokenizer import Vocabulary
+from baton.engine.server.channel import ServerChannel
+from baton.engine.server.generation import Generation, Job
+from baton.engine.server.metrics import RequestMetrics
+from baton.protocol.errors import BatonError, ErrorInfo, RequestError, Stage, bad_request
+from baton.protocol.rank import (
+    Abort,
+    CheckIntegrity,
+    Fatal,
+    Finish,
+    FlushCache,
+    FromRank,
+    GetState,
+    Ready,
+    Reply,
+    SchedulerState,
+    StepOutput,
+    Submit,
+)
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 20.0
+"""How long a call may stay unanswered before the rank counts as hung (SGLang's health check time-out)."""
+DEADLINE_GRACE_S = 2.0
+"""The rank ends a request at its deadline; this process only steps in when it has not."""
+
+
+class RankLostError(BatonError):
+    """The rank process died, reported that it cannot go on, or does not answer."""
+
+
+class EngineClient:
+    """One rank. All methods run in the event loop."""
+
+    def __init__(
+        self,
+        channel: ServerChannel,
+        vocabulary: Vocabulary | None,
+        *,
+        stage: Stage,
+        metrics: RequestMetrics | None = None,
+    ) -> None:
+        self._channel = channel
+        self._vocabulary = vocabulary
+        self._stage: Stage = stage
+        self._metrics = metrics
+        self._jobs: dict[str, tuple[Generation, Job]] = {}
+        self._calls: dict[int, tuple[float, asyncio.Future[Reply | SchedulerState]]] = {}
+        self._call_ids = itertools.count(1)
+        self._ready: asyncio.Future[Ready] | None = None
+        self.last_state = SchedulerState()
+        self.last_heard = time.monotonic()
+        """When the rank last said anything (monotonic clock)."""
+        self.lost_reason: str | None = None
+        self.on_lost: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        """Begin to listen, in the running loop."""
+        self._ready = asyncio.get_running_loop().create_future()
+        self._channel.start(self._on_message)
+
+    async def wait_ready(self, timeout_s: float) -> Ready:
+        """The rank's `Ready`. Raises `RankLostError` if it fails to start in time."""
+        assert self._ready is not None, "start() comes first"
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._ready), timeout_s)
+        except TimeoutError:
+            raise RankLostError(f"the rank was not ready after {timeout_s:.0f} s") from None
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._jobs)
+
+    def is_in_flight(self, rid: str) -> bool:
+        return rid in self._jobs
+
+    def submit(self, submits: Sequence[Submit | None], *, stream_interval: int | None) -> Job:
+        """Start every sequence of one HTTP request (None: that choice ended before a resume).
+
+        Raises `RequestError`: rank gone (503), id in use (400).
+        """
+        if self.lost_reason is not None:
+            raise RequestError(self._lost_error())
+        rids: set[str] = set()
+        for one in submits:
+            if one is not None:
+                if one.rid in self._jobs or one.rid in rids:
+                    raise bad_request(f"Duplicate request ID detected: {one.rid}", "rid")
+                rids.add(one.rid)
+        generations = [Generation(one, index, self._vocabulary) for index, one in enumerate(submits) if one is not None]
+        job = Job(generations, stream_interval, self._abort)
+        timeouts = [one.submit.timeout_s for one in generations if one.submit.timeout_s is not None]
+        if timeouts:
+            job.deadline = time.monotonic() + min(timeouts) + DEADLINE_GRACE_S
+        for generation in generations:
+            if generation.finish is None:
+                self._jobs[generation.rid] = (generation, job)
+                self._channel.send(generation.submit)
+            else:
+                job.note(generation)
+        return job
+
+    def abort(self, rid_prefix: str, *, reason: str = "Aborted") -> int:
+        """End every sequence whose id starts with `rid_prefix` ("": all) for its user. How many there were."""
+        found = [one for rid, (one, _) in self._jobs.items() if rid.startswith(rid_prefix)]
+        for generation in found:
+            generation.was_aborted_by_user = True
+            self._channel.send(Abort(generation.rid, reason))
+        return len(found)
+
+    async def state(self, timeout_s: float = CALL_TIMEOUT_S) -> SchedulerState:
+        """A fresh snapshot. Raises `RankLostError` when the rank does not answer in time."""
+        answer = await self._call(GetState, timeout_s)
+        assert isinstance(answer, SchedulerState)
+        return answer
+
+    async def flush_cache(self, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
+        answer = await self._call(FlushCache, timeout_s)
+        assert isinstance(answer, Reply)
+        return answer
+
+    async def check_integrity(self, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
+        answer = await self._call(CheckIntegrity, timeout_s)
+        assert isinstance(answer, Reply)
+        return answer
+
+    def silence_s(self) -> float:
+        """How long the oldest unanswered call has waited; 0 when none waits."""
+        # A call that gave up waiting stays in the table until the rank answers it: that is what tells a busy rank, which
+        # answers late, from a hung one.
+        return max((time.monotonic() - asked for asked, _ in self._calls.values()), default=0.0)
+
+    def fail(self, reason: str) -> None:
+        """The rank is gone: end everything that waits for it, with an error that says a retry elsewhere may help."""
+        if self.lost_reason is not None:
+            return
+        self.lost_reason = reason
+        logger.error("the rank is lost: %s (requests in flight: %d)", reason, len(self._jobs))
+        for generation, job in list(self._jobs.values()):
+            generation.end(Finish("abort", error=self._lost_error(generation.rid)))
+            self._finished(generation)
+            job.note(generation)
+        for _, answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(RankLostError(reason))
+                answer.exception()  # a caller that gave up waiting does not look at it
+        self._calls.clear()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(RankLostError(reason))
+            self._ready.exception()
+        self.on_lost()
+
+    async def watch(self, limit_s: float, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        """Call `fail` when requests wait and the rank has not answered for `limit_s`. Runs until cancelled."""
+        while self.lost_reason is None:
+            await sleep(max(0.05, min(10.0, limit_s / 4)))
+            if not self._jobs and not self._calls:
+                continue
+            if self.silence_s() > limit_s:
+                self.fail(f"it did not answer for {limit_s:.0f} s (--watchdog-timeout)")
+            elif not self._calls:
+                # Sequences may wait long for good reasons; a rank that is alive still answers this.
+                self._ask(GetState)
+
+    def _ask(
+        self, message_type: type[GetState] | type[FlushCache] | type[CheckIntegrity]
+    ) -> "asyncio.Future[Reply | SchedulerState]":
+        if self.lost_reason is not None:
+            raise RankLostError(self.lost_reason)
+        call_id = next(self._call_ids)
+        answer: asyncio.Future[Reply | SchedulerState] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = (time.monotonic(), answer)
+        self._channel.send(message_type(call_id))
+        return answer
+
+    async def _call(
+        self, message_type: type[GetState] | type[FlushCache] | type[CheckIntegrity], timeout_s: float
+    ) -> Reply | SchedulerState:
+        answer = self._ask(message_type)
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), timeout_s)
+        except TimeoutError:
+            raise RankLostError(f"the rank did not answer within {timeout_s:g} s") from None
+
+    def _on_message(self, message: FromRank) -> None:
+        self.last_heard = time.monotonic()
+        match message:
+            case StepOutput():
+                self._on_step(message)
+            case SchedulerState() | Reply():
+                if isinstance(message, SchedulerState):
+                    self.last_state = message
+                _, answer = self._calls.pop(message.call_id, (0.0, None))
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case Ready():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message)
+            case Fatal():
+                self.fail(message.message)
+
+    def _on_step(self, step: StepOutput) -> None:
+        for row in step.outputs:
+            entry = self._jobs.get(row.rid)
+            if entry is None:
+                continue  # ended on this side already (stop string, deadline, disconnect)
+            generation, job = entry
+            num_before = generation.completion_tokens
+            last_token_at = generation.timings.last_token
+            abort = generation.feed(row)
+            if abort is not None:
+                self._channel.send(abort)
+            if self._metrics is not None:
+                self._metrics.on_tokens(generation, generation.completion_tokens - num_before, last_token_at)
+            if generation.finish is not None:
+                self._finished(generation)
+            job.note(generation)
+
+    def _abort(self, generation: Generation, reason: str) -> None:
+        """End one sequence on this side now; the rank follows."""
+        self._channel.send(Abort(generation.rid, reason))
+        info = ErrorInfo("AbortError", 499, reason, self._stage, generation.rid, retryable=False)
+        if reason == "deadline exceeded":
+            info = ErrorInfo("TimeoutError", 504, reason, self._stage, generation.rid, retryable=False)
+        generation.end(Finish("abort", error=info))
+        self._finished(generation)
+
+    def _finished(self, generation: Generation) -> None:
+        if self._jobs.pop(generation.rid, None) is not None and self._metrics is not None:
+            self._metrics.on_finish(generation)
+
+    def _lost_error(self, rid: str | None = None) -> ErrorInfo:
+        message = f"the worker's model process is gone: {self.lost_reason}"
+        return ErrorInfo("ServiceUnavailableError", 503, message, self._stage, rid, retryable=True)

@@ -1,0 +1,169 @@
+"""POST /v1/completions: text or token ids, one prompt or several, echo, log-probabilities, streamed or not."""
+
+import time
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from baton.engine.server.context import ServerContext
+from baton.engine.server.generation import Generation, Job
+from baton.engine.server.intake import (
+    Hop,
+    Prompt,
+    convert,
+    hop_of,
+    need_json_content_type,
+    parse,
+    read_object,
+    submits_of,
+)
+from baton.engine.server.openai_common import (
+    check_model,
+    check_top_logprobs,
+    completion_logprobs,
+    created_of,
+    extra_key_of,
+    handover_of,
+    refuse_constraints,
+    sampling_of,
+    usage_event,
+    usage_object,
+    usage_of,
+)
+from baton.engine.server.start import start_job
+from baton.protocol.errors import bad_request
+from baton.protocol.hops import RESUME_FIELD, tokens_comment
+from baton.protocol.openai import (
+    IGNORED_FIELDS,
+    REFUSED_FIELDS,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    UsageChunk,
+)
+from baton.protocol.rank import TokenLogprobs
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's and SGLang's default for this route."""
+
+
+async def completions(ctx: ServerContext, request: Request) -> Response:
+    """/v1/completions."""
+    need_json_content_type(request)
+    raw = await read_object(request)
+    body = parse(ctx, raw, CompletionRequest, REFUSED_FIELDS, IGNORED_FIELDS)
+    model = check_model(ctx, body.model)
+    refuse_constraints(body)
+    n = 1 if body.n is None else body.n
+    if body.best_of not in (None, n):
+        raise bad_request("best_of is not supported: only the same value as n.", "best_of")
+    sampling = sampling_of(ctx, body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+    top_logprobs_num = check_top_logprobs(body.logprobs or 0, "logprobs")
+    prompts = [
+        Prompt(
+            input_ids=input_ids,
+            sampling=sampling,
+            return_logprob=body.logprobs is not None,
+            logprob_start_len=0 if body.echo and body.logprobs is not None else -1,
+            top_logprobs_num=top_logprobs_num,
+            extra_key=extra_key_of(body),
+        )
+        for input_ids in await _input_ids(ctx, body)
+    ]
+    hop = hop_of(request, raw, len(prompts) * sampling.n)
+    if hop.resume is not None and body.logprobs is not None:
+        raise bad_request(f"{RESUME_FIELD} cannot be combined with logprobs: their offsets are gone.", RESUME_FIELD)
+    submits = submits_of(ctx, prompts, handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
+    rid = next((one.rid for one in submits if one is not None), "")
+    writer = CompletionWriter(ctx, body, hop, model, rid if len(submits) == 1 else rid.rpartition("_")[0])
+    return start_job(ctx, submits, writer, stream_interval=ctx.args.stream_interval if body.stream else None)
+
+
+async def _input_ids(ctx: ServerContext, body: CompletionRequest) -> list[list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [await ctx.need_tokenizer().encode_async(prompt)]
+    if not prompt:
+        raise bad_request("prompt must not be empty.", "prompt")
+    if isinstance(prompt[0], str):
+        tokenizer = ctx.need_tokenizer()
+        return [await tokenizer.encode_async(text) for text in convert(prompt, list[str], "prompt")]
+    if isinstance(prompt[0], int):
+        return [convert(prompt, list[int], "prompt")]
+    return convert(prompt, list[list[int]], "prompt")
+
+
+class CompletionWriter:
+    """text_completion documents and events."""
+
+    is_openai = True
+
+    def __init__(self, ctx: ServerContext, body: CompletionRequest, hop: Hop, model: str, response_id: str) -> None:
+        self._ctx = ctx
+        self._body = body
+        self._hop = hop
+        self._model = model
+        self._id = response_id
+        self._created = created_of(ctx, hop, time.time())
+        self._vocabulary = ctx.tokenizer.vocabulary if ctx.tokenizer else None
+        self._options = body.stream_options
+        self._num_sent_chars: dict[int, int] = {}
+        """Index -> characters of the choice sent so far, the echo included; present once its first event is out."""
+
+    def document(self, job: Job) -> bytes:
+        choices = []
+        for one in job.generations:
+            echo = self._echo(one)
+            positions = (one.input_logprobs if self._body.echo else []) + one.logprobs
+            choices.append(self._choice(one, echo + one.text, self._logprobs(positions, 0)))
+        usage = usage_of(self._ctx, self._body, job.generations)
+        return msgspec.json.encode(Completion(self._id, "text_completion", self._created, self._model, choices, usage))
+
+    def events(self, changed: list[Generation]) -> bytes:
+        parts: list[bytes] = []
+        for one in changed:
+            delta = one.take()
+            text, positions = delta.text, delta.logprobs
+            sent = self._num_sent_chars.get(one.index)
+            if sent is None:
+                sent = 0
+                if self._hop.resume is None:
+                    text = self._echo(one) + text
+                    positions = (one.input_logprobs if self._body.echo else []) + positions
+            self._num_sent_chars[one.index] = sent + len(text)
+            choice = self._choice(one, text, self._logprobs(positions, sent))
+            if self._hop.wants_token_ids:
+                parts.append(tokens_comment(one.index, delta.token_ids))
+            usage = None
+            if self._options is not None and self._options.continuous_usage_stats:
+                usage = usage_of(self._ctx, self._body, [one])
+            chunk = Completion(self._id, "text_completion", self._created, self._model, [choice], usage)
+            parts += (b"data: ", msgspec.json.encode(chunk), b"\n\n")
+        return b"".join(parts)
+
+    def last_events(self, job: Job) -> bytes:
+        if self._options is None or not self._options.include_usage:
+            return b""
+        usage = usage_object(usage_of(self._ctx, self._body, job.generations))
+        return usage_event(UsageChunk(self._id, "text_completion", self._created, self._model, [], usage))
+
+    def _choice(self, one: Generation, text: str, logprobs: CompletionLogprobs | None) -> CompletionChoice:
+        finish = one.finish
+        return CompletionChoice(
+            one.index, text, logprobs, finish.type if finish else None, finish.matched if finish else None
+        )
+
+    def _echo(self, one: Generation) -> str:
+        if not self._body.echo or self._ctx.tokenizer is None:
+            return ""
+        if isinstance(self._body.prompt, str):
+            return self._body.prompt
+        given = self._body.prompt[one.index // (self._body.n or 1)]
+        return given if isinstance(given, str) else self._ctx.tokenizer.decode(one.submit.input_ids)
+
+    def _logprobs(self, positions: list[TokenLogprobs], first_offset: int) -> CompletionLogprobs | None:
+        if self._body.logprobs is None:
+            return None
+        return completion_logprobs(self._vocabulary, positions, first_offset)

@@ -1,0 +1,65 @@
+"""What every route of one worker shares; built once by `main` (or a test) before the first request."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from baton.engine.args import EngineArgs
+from baton.engine.chat_template import ChatTemplate
+from baton.engine.server.client import EngineClient
+from baton.engine.server.metrics import SchedulerMetrics
+from baton.engine.tokenizer import TextTokenizer
+from baton.protocol.errors import Stage, bad_request
+from baton.protocol.rank import Ready
+
+logger = logging.getLogger(__name__)
+
+
+def stage_of(mode: str) -> Stage:
+    """The stage that errors of a worker name: its part in prefill-decode disaggregation."""
+    return {"null": "server", "prefill": "prefill", "decode": "decode"}[mode]  # type: ignore[return-value]
+
+
+@dataclass
+class ServerContext:
+    args: EngineArgs
+    ready: Ready
+    client: EngineClient
+    tokenizer: TextTokenizer | None
+    """None with --skip-tokenizer-init."""
+    chat_template: ChatTemplate | None
+    registry: CollectorRegistry
+    scheduler_metrics: SchedulerMetrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    is_warm: bool = False
+    is_stopping: bool = False
+    unknown_fields: dict[str, int] = field(default_factory=dict)
+    """Request field nobody knows -> how often it came."""
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
+    """Of the OpenAI routes, under SamplingParams' names."""
+    health_probe: "asyncio.Task[None] | None" = None
+
+    @property
+    def stage(self) -> Stage:
+        return stage_of(self.args.disaggregation_mode)
+
+    @property
+    def is_disaggregated(self) -> bool:
+        return self.args.disaggregation_mode != "null"
+
+    def need_tokenizer(self) -> TextTokenizer:
+        """The tokenizer. Raises `RequestError` (400) when this worker has none."""
+        if self.tokenizer is None:
+            raise bad_request("this worker runs with --skip-tokenizer-init: send token ids and read output_ids.")
+        return self.tokenizer
+
+    def note_unknown(self, name: str) -> None:
+        """Count a request field that nobody knows; say so once."""
+        if name not in self.unknown_fields:
+            if len(self.unknown_fields) >= 1000:
+                return  # a client that makes up names must not fill the memory
+            logger.warning("request field ignored: %s (said once)", name[:100])
+        self.unknown_fields[name] = self.unknown_fields.get(name, 0) + 1

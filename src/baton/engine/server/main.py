@@ -1,0 +1,303 @@
+"""One worker's HTTP process: sockets, servers, warm-up, signals, and the end when the rank ends.
+
+`run_server` is the front door; `launch` starts the rank process beside it and calls it. Start order: the bootstrap server
+(a prefill rank registers there while it starts), the rank's `Ready`, the HTTP port (open port = weights are loaded, which
+is what TCP probes of existing manifests mean), one warm-up request, ready. No torch is imported in this process.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from baton.engine.args import EngineArgs, start_notes
+from baton.engine.chat_template import ChatTemplate
+from baton.engine.errors import ModelError
+from baton.engine.server.admin import fake_bootstrap
+from baton.engine.server.app import build_app
+from baton.engine.server.channel import ChannelAddress, ServerChannel
+from baton.engine.server.client import EngineClient, RankLostError
+from baton.engine.server.context import ServerContext, stage_of
+from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
+from baton.engine.tokenizer import TextTokenizer, open_tokenizer
+from baton.protocol.rank import Ready, Submit
+from baton.protocol.sampling import SamplingParams
+from baton.transfer.bootstrap import bootstrap_app
+
+logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 1800.0
+WARMUP_TIMEOUT_S = 1800.0
+DRAIN_TIMEOUT_S = 25
+"""How long requests may go on after SIGTERM; Kubernetes kills after 30 s."""
+KEEP_ALIVE_S = 120
+FATAL_GRACE_S = 0.2
+"""The rank's last words may still be on their way when its process has ended."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises OSError naming the address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
+    return bound
+
+
+def run_server(
+    args: EngineArgs,
+    address: ChannelAddress,
+    rank_pids: Sequence[int],
+    *,
+    http_socket: socket.socket,
+    bootstrap_socket: socket.socket | None = None,
+    model_path: Path | None = None,
+) -> int:
+    """Serve until SIGTERM, SIGINT or the rank's end. Returns the exit status: 0 after a signal, 1 after a failure.
+
+    `bootstrap_socket` is for prefill workers. `model_path` is where `args.model_path` lies on this machine.
+    """
+    worker = Worker(args, address, rank_pids, http_socket, bootstrap_socket, model_path or Path(args.model_path))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(worker.run())
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `Worker`, which owns two servers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _server(app: ASGIApp, args: EngineArgs, *, access_log: bool) -> _Server:
+    config = uvicorn.Config(
+        app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
+        log_level=args.log_level_http or args.log_level, access_log=access_log, server_header=False, proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+    )  # fmt: skip
+    return _Server(config)
+
+
+class Worker:
+    """Everything of one HTTP process, from start to end."""
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        address: ChannelAddress,
+        rank_pids: Sequence[int],
+        http_socket: socket.socket,
+        bootstrap_socket: socket.socket | None,
+        model_path: Path,
+    ) -> None:
+        self._args = args
+        self._rank_pids = rank_pids
+        self._http_socket = http_socket
+        self._bootstrap_socket = bootstrap_socket
+        self._model_path = model_path
+        self._started = time.monotonic()
+        self._channel = ServerChannel(address)
+        self._registry = CollectorRegistry()
+        self._stop = asyncio.Event()
+        self._servers: list[_Server] = []
+        self._ctx: ServerContext | None = None
+
+    async def run(self) -> int:
+        """Exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            async with asyncio.TaskGroup() as group:
+                bootstrap = None
+                if self._bootstrap_socket is not None:
+                    server = _server(bootstrap_app(), self._args, access_log=False)
+                    bootstrap = (server, group.create_task(server.serve([self._bootstrap_socket]), name="bootstrap"))
+                main = group.create_task(self._run_rank_side(), name="worker")
+                status = await main
+                if bootstrap is not None:
+                    bootstrap[0].should_exit = True
+            return status
+        finally:
+            self._channel.close()
+
+    async def _run_rank_side(self) -> int:
+        """Wait for the rank, then serve. Turns every failure to start into one log line."""
+        try:
+            tokenizer = None if self._args.skip_tokenizer_init else await asyncio.to_thread(self._open_tokenizer)
+            client = self._client(tokenizer)
+            with self._watched_processes(client):
+                client.start()
+                ready = await self._ready_or_stop(client)
+                if ready is None:
+                    return 0
+                context = self._context(client, tokenizer, ready)
+                return await self._serve(context)
+        except (ModelError, RankLostError, OSError) as error:
+            logger.error("the worker cannot start: %s", error)
+            return 1
+
+    def _open_tokenizer(self) -> TextTokenizer:
+        return open_tokenizer(Path(self._args.tokenizer_path) if self._args.tokenizer_path else self._model_path)
+
+    def _client(self, tokenizer: TextTokenizer | None) -> EngineClient:
+        metrics = None
+        if self._args.enable_metrics:
+            metrics = RequestMetrics(
+                self._args.name,
+                self._registry,
+                ttft_buckets=self._args.bucket_time_to_first_token,
+                itl_buckets=self._args.bucket_inter_token_latency,
+                e2e_buckets=self._args.bucket_e2e_request_latency,
+                with_token_histograms=self._args.collect_tokens_histogram,
+            )
+        stage = stage_of(self._args.disaggregation_mode)
+        return EngineClient(self._channel, tokenizer.vocabulary if tokenizer else None, stage=stage, metrics=metrics)
+
+    async def _ready_or_stop(self, client: EngineClient) -> Ready | None:
+        """The rank's `Ready`; None when a signal came first."""
+        ready = asyncio.create_task(client.wait_ready(READY_TIMEOUT_S), name="wait-ready")
+        stop = asyncio.create_task(self._stop.wait(), name="wait-stop")
+        try:
+            await asyncio.wait({ready, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return ready.result() if ready.done() else None
+        finally:
+            ready.cancel()
+            stop.cancel()
+
+    def _context(self, client: EngineClient, tokenizer: TextTokenizer | None, ready: Ready) -> ServerContext:
+        for note in start_notes(self._args, ready.device.partition(":")[0]):
+            logger.warning("%s", note)
+        startup_s = time.monotonic() - self._started
+        self._ctx = ServerContext(
+            args=self._args,
+            ready=ready,
+            client=client,
+            tokenizer=tokenizer,
+            chat_template=chat_template(self._args, tokenizer),
+            registry=self._registry,
+            scheduler_metrics=SchedulerMetrics(self._args.name, ready, startup_s, self._registry),
+            sampling_defaults=tokenizer.sampling_defaults
+            if tokenizer and self._args.sampling_defaults == "model"
+            else {},
+        )
+        return self._ctx
+
+    async def _serve(self, ctx: ServerContext) -> int:
+        server = _server(build_app(ctx), self._args, access_log=True)
+        self._servers.append(server)
+        ctx.client.on_lost = lambda: setattr(server, "should_exit", True)
+        if self._stop.is_set():
+            return 0
+        if ctx.client.lost_reason is not None:
+            raise RankLostError(ctx.client.lost_reason)
+        async with asyncio.TaskGroup() as group:
+            watchdog = group.create_task(ctx.client.watch(self._args.watchdog_timeout), name="watchdog")
+            warm_up = group.create_task(self._warm_up(ctx, server), name="warm-up")
+            await server.serve([self._http_socket])
+            watchdog.cancel()
+            warm_up.cancel()
+        return 1 if ctx.client.lost_reason is not None else 0
+
+    async def _warm_up(self, ctx: ServerContext, server: _Server) -> None:
+        """One request through the whole rank, then ready."""
+        if not self._args.skip_server_warmup:
+            error = await warm_up(ctx)
+            if error is not None:
+                ctx.client.fail(f"the warm-up request failed: {error}")
+                server.should_exit = True
+                return
+        ctx.is_warm = True
+        host, port = self._http_socket.getsockname()[:2]
+        logger.info("serving at http://%s:%s model=%s", host, port, self._args.name)
+        logger.info("The server is fired up and ready to roll!")
+
+    def _on_signal(self) -> None:
+        is_second = self._stop.is_set()
+        self._stop.set()
+        if self._ctx is not None:
+            self._ctx.is_stopping = True
+        for server in self._servers:
+            server.should_exit = True
+            server.force_exit = is_second
+
+    @contextlib.contextmanager
+    def _watched_processes(self, client: EngineClient) -> Generator[None, None, None]:
+        """Learn of a rank's death from the kernel, without polling."""
+        loop = asyncio.get_running_loop()
+        watched: list[int] = []
+
+        def on_exit(descriptor: int, pid: int) -> None:
+            loop.remove_reader(descriptor)
+            loop.call_later(FATAL_GRACE_S, client.fail, f"its process {pid} ended")
+
+        try:
+            for pid in self._rank_pids:
+                try:
+                    descriptor = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    raise RankLostError(f"its process {pid} ended") from None
+                watched.append(descriptor)
+                loop.add_reader(descriptor, on_exit, descriptor, pid)
+            yield
+        finally:
+            for descriptor in watched:
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
+
+
+def chat_template(args: EngineArgs, tokenizer: TextTokenizer | None) -> ChatTemplate | None:
+    """--chat-template's file, else the model's own. Raises `ModelError` for one that does not parse."""
+    if tokenizer is None:
+        return None
+    source = tokenizer.chat_template
+    if args.chat_template is not None:
+        try:
+            source = Path(args.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ModelError(f"--chat-template {args.chat_template}: {error.strerror}") from None
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, tokenizer.special_tokens)
+    except Exception as error:  # a template is foreign code to Jinja's parser: any error means it cannot be used
+        raise ModelError(
+            f"{args.chat_template or args.model_path}: the chat template does not parse: {error}"
+        ) from None
+
+
+async def warm_up(ctx: ServerContext) -> str | None:
+    """SGLang's warm-up request. Returns what went wrong, or None."""
+    vocab_size = ctx.ready.vocab_size
+    submit = Submit(
+        rid="WARM_UP",
+        input_ids=[token_id for token_id in range(4) if token_id < vocab_size],
+        sampling=SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True),
+        bootstrap=fake_bootstrap(ctx, 2**63 - 1),
+        timeout_s=WARMUP_TIMEOUT_S,
+    )
+    job = ctx.client.submit([submit], stream_interval=None)
+    try:
+        async with asyncio.timeout(WARMUP_TIMEOUT_S):
+            while not job.is_done:
+                await job.changed()
+    except TimeoutError:
+        return f"no answer within {WARMUP_TIMEOUT_S:.0f} s"
+    finally:
+        job.close("warm-up is over")
+    return job.error.message if job.error is not None else None

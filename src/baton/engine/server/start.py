@@ -1,0 +1,66 @@
+"""Hand sequences to the rank and make the response that will carry their outcome; log requests."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from starlette.responses import Response
+
+from baton.engine.server.context import ServerContext
+from baton.engine.server.generation import Job
+from baton.engine.server.respond import JobResponse, Writer
+from baton.protocol.rank import Submit
+
+logger = logging.getLogger(__name__)
+
+LOGGED_CHARS = 2048
+"""How much text --log-requests-level 2 shows."""
+
+
+def start_job(
+    ctx: ServerContext, submits: Sequence[Submit | None], writer: Writer, *, stream_interval: int | None
+) -> Response:
+    """Submit what has not finished (None: it has) and answer with `writer`. `stream_interval` None: one document."""
+    job = ctx.client.submit(submits, stream_interval=stream_interval)
+    request_id = next((one.rid for one in submits if one is not None), "")
+    if len(submits) > 1:
+        request_id = request_id.rpartition("_")[0]
+    if not ctx.args.log_requests:
+        return JobResponse(job, writer, request_id=request_id, stage=ctx.stage)
+    for one in submits:
+        if one is not None:
+            log_submit(ctx, one)
+    return JobResponse(job, writer, request_id=request_id, stage=ctx.stage, on_end=partial(log_finish, ctx))
+
+
+def log_submit(ctx: ServerContext, submit: Submit) -> None:
+    """What --log-requests says of a request when it starts."""
+    level = ctx.args.log_requests_level
+    sampling = f" sampling={submit.sampling}" if level >= 1 else ""
+    text = ""
+    if level >= 2:
+        limit = None if level >= 3 else LOGGED_CHARS
+        shown = (
+            submit.input_ids
+            if ctx.tokenizer is None
+            else ctx.tokenizer.decode(submit.input_ids, skip_special_tokens=False)
+        )
+        text = f" prompt={str(shown)[:limit]!r}"
+    logger.info("Receive: rid=%s prompt_tokens=%d%s%s", submit.rid, len(submit.input_ids), sampling, text)
+
+
+def log_finish(ctx: ServerContext, job: Job) -> None:
+    """What --log-requests says of a request when it ends."""
+    level = ctx.args.log_requests_level
+    for one in job.generations:
+        text = f" text={one.text[: None if level >= 3 else LOGGED_CHARS]!r}" if level >= 2 else ""
+        finish = one.finish.type if one.finish else "none"
+        e2e_s = (one.timings.finished or one.timings.created) - one.timings.created
+        counts = (one.completion_tokens, one.cached_tokens, e2e_s)
+        logger.info(
+            "Finish: rid=%s finish=%s completion_tokens=%d cached_tokens=%d e2e_s=%.3f%s",
+            one.rid,
+            finish,
+            *counts,
+            text,
+        )
