@@ -1,0 +1,107 @@
+"""What a router is told at start: frozen values with their units; parsing is in `args`, meaning in each user."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PolicyName = Literal["random", "round_robin", "power_of_two", "cache_aware"]
+Role = Literal["prefill", "decode", "regular"]
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """A worker's address and its place in a pair."""
+
+    url: str
+    """Scheme, host and port; no path."""
+    role: Role
+    bootstrap_port: int | None = None
+    """Sent as `bootstrap_port`; prefill only. None: the worker's own default is meant (null on the wire)."""
+
+
+@dataclass(frozen=True)
+class CacheAwareConfig:
+    threshold: float = 0.3
+    """A worker whose tree matches more than this share of the request's text gets the request."""
+    balance_abs: int = 64
+    """Loads further apart than this many requests (and than `balance_rel`) are balanced instead."""
+    balance_rel: float = 1.5
+    max_tree_size: int = 2**26
+    """Bytes of text remembered per worker."""
+    eviction_interval_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class RetryConfig:
+    max_retries: int = 5
+    """0 disables retries."""
+    initial_backoff_s: float = 0.05
+    max_backoff_s: float = 30.0
+    multiplier: float = 1.5
+    jitter: float = 0.2
+    """Share of the back-off drawn at random, so that retries of many requests spread."""
+    migration_limit: int = 3
+    """How often one stream may go on elsewhere after it had begun; 0 disables migration."""
+    migration_wait_s: float = 60.0
+    """How long a request that lost its worker waits for a healthy pair to appear."""
+
+
+@dataclass(frozen=True)
+class BreakerConfig:
+    enabled: bool = True
+    failure_threshold: int = 10
+    success_threshold: int = 3
+    open_s: float = 60.0
+    window_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    enabled: bool = True
+    endpoint: str = "/health"
+    interval_s: float = 60.0
+    retry_interval_s: float = 0.5
+    """Between checks of a worker that is not healthy (yet)."""
+    timeout_s: float = 5.0
+    failure_threshold: int = 3
+    success_threshold: int = 2
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    max_payload_bytes: int = 512 * 2**20
+    max_header_bytes: int = 64 * 2**10
+    read_timeout_s: float = 60.0
+    """A request must have arrived this long after its first byte (slow bodies: this long since the last byte)."""
+    keep_alive_s: float = 75.0
+    connect_timeout_s: float = 5.0
+    max_concurrent: int = -1
+    """-1: no limit."""
+    queue_size: int = 100
+    queue_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    pd: bool = True
+    workers: tuple[WorkerSpec, ...] = ()
+    prefill_policy: PolicyName = "cache_aware"
+    decode_policy: PolicyName = "cache_aware"
+    """Also the policy for regular workers."""
+    cache_aware: CacheAwareConfig = field(default_factory=CacheAwareConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    request_timeout_s: float = 1800.0
+    shutdown_grace_s: float = 180.0
+    api_key: str | None = None
+    """Clients must present it; the router presents it to workers on its own calls."""
+    request_id_headers: tuple[str, ...] = ("x-request-id",)
+    """The first of these that a request has is its id."""
+    prometheus_host: str = "127.0.0.1"
+    prometheus_port: int | None = None
+    """A second listener for /metrics; None: only the main port."""
+    log_level: str = "info"
+    access_log: bool = False

@@ -1,0 +1,161 @@
+"""What all requests of one router share: workers, admission, metrics, randomness, and calls of the router's own.
+
+Holds no request's state; `exchange` does. Nothing here touches a client connection.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Collection
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from baton.protocol.errors import RequestError
+from baton.router.admission import Admission
+from baton.router.body import RequestView
+from baton.router.config import RouterConfig
+from baton.router.errors import router_error
+from baton.router.metrics import Metrics
+from baton.router.policies import make_policy
+from baton.router.retry import Answer, Failure
+from baton.router.upstream import Collector
+from baton.router.workers import Registry, Worker
+
+if TYPE_CHECKING:
+    from baton.router.downstream import Request
+    from baton.router.exchange import Exchange
+
+log = logging.getLogger("baton.router")
+ABORT_TIMEOUT_S = 5.0
+CALL_LIMIT_BYTES = 16 * 2**20
+
+
+class Core:
+    """`wake` is called with a worker whose health should be looked at now."""
+
+    def __init__(self, config: RouterConfig, loop: asyncio.AbstractEventLoop, rng: Random) -> None:
+        self.config = config
+        self.loop = loop
+        self.rng = rng
+        self.metrics = Metrics()
+        self.admission = Admission(config.limits)
+        self.exchanges: set[Exchange] = set()
+        names = {"prefill": config.prefill_policy, "decode": config.decode_policy}
+        policies = {
+            role: make_policy(names.get(role, config.decode_policy), config.cache_aware, rng)
+            for role in (("prefill", "decode") if config.pd else ("regular",))
+        }
+        self.registry = Registry(policies, config.breaker, config.limits.connect_timeout_s)  # type: ignore[arg-type]
+        self.wake: Callable[[Worker], None] = lambda worker: None
+        self.authorization = b"authorization: Bearer %b\r\n" % config.api_key.encode() if config.api_key else b""
+        self._calls: set[asyncio.Task[None]] = set()
+
+    # Choosing
+
+    def pick_pair(self, view: RequestView, exclude: Collection[str]) -> tuple[Worker | None, Worker] | None:
+        """(prefill, decode), or (None, regular); None when a side has nobody."""
+        now_s = self.loop.time()
+        key = view.cache_key
+        if not self.config.pd:
+            worker = self.registry.pick("regular", key, exclude, now_s)
+            return (None, worker) if worker is not None else None
+        prefill = self.registry.pick("prefill", key, exclude, now_s)
+        decode = self.registry.pick("decode", key, exclude, now_s) if prefill is not None else None
+        return (prefill, decode) if decode is not None else None
+
+    def nobody_there(self) -> RequestError:
+        missing = self.registry.missing()
+        text = "; ".join(f"no healthy {role} worker ({why})" for role, why in missing.items())
+        return router_error(503, f"The request cannot be served: {text}.", kind="no_healthy_worker", retryable=True)
+
+    def new_room(self) -> int:
+        return self.rng.getrandbits(63)
+
+    # What tries teach
+
+    def on_connect_failure(self, worker: Worker, reason: str) -> None:
+        """Nobody listens there: not healthy until a check says otherwise."""
+        if self.config.health.enabled and worker.healthy:
+            worker.healthy = False
+            worker.problem = reason
+            log.warning("worker is gone worker=%s role=%s reason=%r", worker.url, worker.role, reason)
+        self.wake(worker)
+
+    def on_failure(self, failure: Failure, blamed: bool) -> None:
+        result = str(failure.answer.status) if failure.answer is not None else failure.kind
+        self.metrics.upstream_responses[failure.role, failure.url, result] += 1
+        worker = self.registry.find(failure.url)
+        if worker is None:
+            return
+        if blamed:
+            worker.breaker.on_failure(self.loop.time())
+        if failure.kind == "lost":
+            self.wake(worker)
+
+    def on_exchange_end(self, exchange: "Exchange", request: "Request", status: int, streamed: bool) -> None:
+        duration_s = self.loop.time() - request.received_s
+        path = request.path.decode("latin-1")
+        self.metrics.ended(path, status, duration_s)
+        if self.config.access_log:
+            log.info(
+                "request method=%s path=%s status=%d duration_ms=%.1f bytes=%d stream=%s request_id=%s workers=%s",
+                request.method.decode(), path, status, duration_s * 1e3, request.connection.bytes_out,
+                streamed, request.request_id, exchange.pair,
+            )  # fmt: skip
+
+    # Calls of the router's own
+
+    async def call(self, worker: Worker, method: bytes, path: bytes, timeout_s: float, body: bytes = b"") -> Answer:
+        """One small request to a worker. Raises OSError (with ConnectionError) or TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            connection = worker.pool.get_idle() or await worker.pool.connect()
+            collector = Collector(CALL_LIMIT_BYTES)
+            head = worker.head(method + b" " + path) + self.authorization
+            if body:
+                head += b"content-type: application/json\r\n"
+            if body or method == b"POST":
+                head += b"content-length: %d\r\n" % len(body)
+            connection.send(head + b"\r\n", body, collector)
+            try:
+                return Answer(*await collector.answer)
+            except asyncio.CancelledError:
+                connection.close()
+                raise
+
+    def abort(self, worker: Worker, rid: str | list[str]) -> None:
+        """Tell a worker, without waiting, that a request is given up. A batch's ids are sent one by one."""
+        self.metrics.aborts += 1
+        task = self.loop.create_task(self._abort(worker, rid), name=f"abort at {worker.url}")
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _abort(self, worker: Worker, rid: str | list[str]) -> None:
+        for one in [rid] if isinstance(rid, str) else rid:
+            # A worker that is gone holds nothing to abort; its health is checked elsewhere.
+            with contextlib.suppress(OSError, TimeoutError):
+                body = msgspec.json.encode({"rid": one, "abort_all": False})
+                await self.call(worker, b"POST", b"/abort_request", ABORT_TIMEOUT_S, body)
+
+    async def settle_calls(self) -> None:
+        """Wait for aborts on their way (at shutdown)."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=ABORT_TIMEOUT_S)
+
+    async def fan_out(
+        self, method: bytes, path: bytes, timeout_s: float, body: bytes = b"", workers: list[Worker] | None = None
+    ) -> dict[str, Answer | str]:
+        """The same call to every worker: url -> its answer, or why there is none."""
+
+        async def one(worker: Worker) -> Answer | str:
+            try:
+                return await self.call(worker, method, path, timeout_s, body)
+            except TimeoutError:
+                return f"no answer within {timeout_s:g} s"
+            except OSError as error:
+                return str(error) or type(error).__name__
+
+        targets = self.registry.all() if workers is None else workers
+        answers: list[Any] = await asyncio.gather(*(one(worker) for worker in targets))
+        return {worker.url: answer for worker, answer in zip(targets, answers, strict=True)}

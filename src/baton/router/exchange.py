@@ -1,0 +1,366 @@
+"""One client request from its last byte to the last byte of its answer: tries, retries, migration, deadline, abort.
+
+Everything that happens to a request passes through here, and every request ends in exactly one of: the worker's answer,
+an error of the router, or silence to a client that has left. `attempt` does one try; `retry` decides whether another
+helps; `relay` keeps what a broken stream needs to go on.
+"""
+
+import asyncio
+import logging
+import os
+from typing import Literal
+
+from baton.protocol.errors import ErrorInfo, RequestError, Stage
+from baton.protocol.hops import TIMEOUT_HEADER, TOKEN_IDS_HEADER
+from baton.router import body as bodies
+from baton.router.attempt import Attempt
+from baton.router.core import Core
+from baton.router.downstream import Request
+from baton.router.errors import error_body, router_error
+from baton.router.httpbytes import JSON_TYPE, forwarded, passed_on
+from baton.router.relay import DONE_EVENT, StreamRelay
+from baton.router.retry import Answer, Failure, RetryState, blames, next_try_s
+from baton.router.upstream import Upstream
+from baton.router.workers import Worker
+
+log = logging.getLogger("baton.router")
+_TIMEOUT_HEADER = TIMEOUT_HEADER.encode()
+_TOKEN_IDS_LINE = TOKEN_IDS_HEADER.encode() + b": 1\r\n"
+WAIT_FOR_PAIR_S = 0.05
+
+
+class Exchange:
+    """Owns the request's deadline timer, its task and the current attempt. `Sink` of the attempt."""
+
+    def __init__(self, core: Core, request: Request) -> None:
+        self._core = core
+        self._request = request
+        self._loop = core.loop
+        self._attempt: Attempt | None = None
+        self._view = bodies.RequestView()
+        self._relay: StreamRelay | None = None
+        self._state = RetryState()
+        self._began = False
+        self._ended_by: Literal["", "client", "deadline", "abort", "shutdown"] = ""
+        self._batch_size: int | None = None
+        self._first_rid: str | list[str] = ""
+        self._deadline_s = request.received_s + core.config.request_timeout_s
+        self._tries = 0
+        self._resume_fields = b""
+        self._task: asyncio.Task[None] | None = None
+        self.status = 0
+        self.pair = ""
+
+    def start(self) -> None:
+        self._task = self._loop.create_task(self._run())
+
+    # What the client's connection tells
+
+    def on_disconnect(self) -> None:
+        self._end("client")
+
+    def pause(self) -> None:
+        if self._attempt is not None:
+            self._attempt.pause()
+
+    def resume(self) -> None:
+        if self._attempt is not None:
+            self._attempt.resume()
+
+    def abort(self) -> None:
+        """The request is aborted by its rid (`/abort_request`)."""
+        self._end("abort")
+
+    def shut_down(self) -> None:
+        """The router stops and cannot wait any longer."""
+        self._end("shutdown")
+
+    def rid_starts_with(self, prefix: str) -> bool:
+        rid = self._first_rid
+        return rid.startswith(prefix) if isinstance(rid, str) else any(item.startswith(prefix) for item in rid)
+
+    def _end(self, why: Literal["client", "deadline", "abort", "shutdown"]) -> None:
+        if not self._ended_by and self._task is not None and not self._task.done():
+            self._ended_by = why
+            self._task.cancel()
+
+    # The life of the request
+
+    async def _run(self) -> None:
+        core, request = self._core, self._request
+        timer: asyncio.TimerHandle | None = None
+        admitted = False
+        core.exchanges.add(self)
+        try:
+            self._read_request()
+            timer = self._loop.call_at(self._deadline_s, self._end, "deadline")
+            if not core.admission.is_unlimited:
+                await core.admission.enter()
+                admitted = True
+            await self._serve()
+        except RequestError as error:
+            self._answer_error(error.info)
+        except asyncio.CancelledError:
+            self._cancelled()
+        except Exception:  # our bug: the client must still get its end
+            log.exception("request failed request_id=%s", request.request_id)
+            self._answer_error(router_error(500, "Internal error of the router.").info)
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._attempt is not None and self._attempt.is_unfinished:
+                self._attempt.abandon()
+            if admitted:
+                core.admission.leave()
+            core.exchanges.discard(self)
+            core.on_exchange_end(self, request, self.status, self._began)
+
+    def _read_request(self) -> None:
+        request = self._request
+        if (left := request.headers.get(_TIMEOUT_HEADER)) is not None:
+            try:
+                seconds = float(left)
+            except ValueError:
+                seconds = -1.0
+            if not 0 < seconds < 1e9:
+                raise router_error(400, f"{TIMEOUT_HEADER} must be a positive number of seconds.", param=TIMEOUT_HEADER)
+            self._deadline_s = min(self._deadline_s, request.received_s + seconds)
+        view = self._view = bodies.parse_body(request.body)
+        self._batch_size = view.batch_size()
+        if view.rid and (rid := bodies.client_rids(view)) is not None:
+            self._first_rid = rid
+        else:
+            self._first_rid = request.request_id if request.request_id_is_ours else os.urandom(16).hex()
+        if view.is_stream:
+            self._relay = StreamRelay()
+
+    async def _serve(self) -> None:
+        while True:
+            prefill, decode = await self._pick()
+            outcome = await self._try(prefill, decode)
+            if isinstance(outcome, Answer):
+                self._respond(outcome)
+                return
+            if not isinstance(outcome, Failure):
+                self._request.connection.end_stream()
+                return
+            delay_s = self._learn(outcome)
+            if delay_s is None:
+                self._give_up(outcome)
+                return
+            if delay_s:
+                await asyncio.sleep(delay_s)
+
+    async def _pick(self) -> tuple[Worker | None, Worker]:
+        """A prefill (PD) and a decode or regular worker. A request that lost its worker waits for one to come back."""
+        core, state = self._core, self._state
+        give_up_s = self._loop.time() + core.config.retry.migration_wait_s
+        while True:
+            pair = core.pick_pair(self._view, state.tried)
+            if pair is not None:
+                return pair
+            if not state.lost_worker or self._loop.time() >= give_up_s:
+                raise core.nobody_there()
+            await asyncio.sleep(WAIT_FOR_PAIR_S)
+
+    async def _try(self, prefill: Worker | None, decode: Worker) -> Answer | Failure | str:
+        core = self._core
+        connections: list[Upstream] = []
+        for worker in (prefill, decode):
+            if worker is None:
+                continue
+            connection = worker.pool.get_idle()
+            if connection is None:
+                try:
+                    connection = await worker.pool.connect()
+                except (OSError, TimeoutError) as error:
+                    for opened in connections:
+                        opened.close()
+                    reason = str(error) or "connection timed out"
+                    core.on_connect_failure(worker, reason)
+                    return Failure("connect", worker.role, worker.url, f"{worker.role} worker {worker.url}: {reason}")
+                except asyncio.CancelledError:
+                    for opened in connections:
+                        opened.close()
+                    raise
+            connections.append(connection)
+        self._attempt = attempt = self._new_attempt(prefill is not None)
+        self.pair = f"{prefill.url},{decode.url}" if prefill is not None else decode.url
+        body = self._body_for(prefill)
+        path = b"POST " + self._request.path
+        head = self._head(len(body))
+        if prefill is not None:
+            attempt.start((prefill, connections[0]), (decode, connections[1]), path, head, body)
+        else:
+            attempt.start(None, (decode, connections[0]), path, head, body)
+        return await attempt.outcome
+
+    def _new_attempt(self, is_pd: bool) -> Attempt:
+        rid = self._first_rid
+        if self._tries:  # the first pair may still hold the old one: never the same id, never one a prefix of the other
+            tag = f"{os.urandom(8).hex()}-"
+            rid = tag + rid if isinstance(rid, str) else [tag + item for item in rid]
+            if self._relay is not None:
+                if not self._began:
+                    self._relay = StreamRelay()
+                self._relay.next_worker(tag)
+        self._tries += 1
+        merges = is_pd and self._view.wants_logprobs and self._request.path == b"/generate"
+        return Attempt(self._loop, self, rid, self._relay, merges, self._core.abort)
+
+    def _body_for(self, prefill: Worker | None) -> bytes:
+        attempt = self._attempt
+        assert attempt is not None
+        fields = bodies.rid_field(attempt.rid, self._batch_size)
+        if prefill is not None:
+            rooms = [self._core.new_room() for _ in range(self._batch_size or 1)]
+            host, port = prefill.bootstrap_host, prefill.bootstrap_port
+            fields += b"," + bodies.bootstrap_fields(host, port, rooms, self._batch_size)
+        if self._resume_fields:
+            fields += b"," + self._resume_fields
+        return bodies.splice(self._request.body, fields)
+
+    def _head(self, length: int) -> bytes:
+        request = self._request
+        content_type = request.headers.get(b"content-type", b"")
+        return b"".join(
+            (
+                b"content-type: %b\r\n" % content_type if content_type else b"",
+                b"content-length: %d\r\nx-request-id: %b\r\n%b: %.3f\r\n"
+                % (length, request.request_id.encode(), _TIMEOUT_HEADER, self._deadline_s - self._loop.time()),
+                _TOKEN_IDS_LINE if self._relay is not None else b"",
+                forwarded(request.headers),
+                self._core.authorization if b"authorization" not in request.headers else b"",
+                b"\r\n",
+            )
+        )
+
+    # After a failed try
+
+    def _learn(self, failure: Failure) -> float | None:
+        """What the failure means for the worker and for this request; seconds until the next try, None: give up."""
+        core, state = self._core, self._state
+        core.on_failure(failure, blames(failure))
+        state.note(failure)
+        if self._began and not self._prepare_migration(failure):
+            return None
+        if self._began:
+            state.lost_worker = True
+        delay_s = next_try_s(failure, state, core.config.retry, core.rng)
+        if delay_s is not None:
+            core.metrics.retries[failure.role, failure.kind] += 1
+            log.info(
+                "request tries again request_id=%s after=%s reason=%r delay_s=%.3f",
+                self._request.request_id, failure.kind, failure.message, delay_s,
+            )  # fmt: skip
+        return delay_s
+
+    def _prepare_migration(self, failure: Failure) -> bool:
+        """Whether the begun stream can go on elsewhere; sets what the next worker gets."""
+        relay, state, config = self._relay, self._state, self._core.config.retry
+        assert relay is not None
+        assert self._attempt is not None
+        if self._attempt.decode_began:
+            self._attempt.decode_began = False  # a failed connect leaves this attempt in place: look at it once
+            num_choices = self._view.num_choices()
+            if not relay.can_resume() or not failure.can_retry or state.migrations >= config.migration_limit:
+                return False
+            if relay.all_finished(num_choices) and not self._view.wants_usage:
+                return False
+            resume = relay.resume(num_choices)
+            self._resume_fields = bodies.resume_field(resume) if resume is not None else b""
+            state.migrations += 1
+            self._core.metrics.migrations["started"] += 1
+            log.warning(
+                "stream migrates request_id=%s from=%s reason=%r", self._request.request_id, self.pair, failure.message
+            )
+        return failure.can_retry
+
+    def _give_up(self, failure: Failure) -> None:
+        if self._began:
+            self._end_broken_stream(failure)
+        elif failure.answer is not None:
+            self._respond(failure.answer)
+        elif failure.kind == "event":
+            self._respond_event(failure)
+        else:
+            status = 503 if failure.kind == "connect" else 502
+            stage: Stage = "prefill" if failure.role == "prefill" else "decode"
+            self._answer_error(
+                router_error(status, failure.message, kind="worker_lost", stage=stage, retryable=True).info
+            )
+
+    def _end_broken_stream(self, failure: Failure) -> None:
+        relay, connection = self._relay, self._request.connection
+        assert relay is not None
+        if failure.kind == "lost" and relay.all_finished(self._view.num_choices()) and not self._view.wants_usage:
+            connection.write(DONE_EVENT)
+        elif failure.kind == "event" and failure.event:
+            self.status = 502
+            connection.write(failure.event)
+        else:
+            self.status = 502
+            info = router_error(502, failure.message, kind="stream_lost", stage="decode", retryable=True).info
+            connection.write(self._error_event(info))
+        if self._state.migrations or self.status == 502:
+            self._core.metrics.migrations["failed"] += 1
+        connection.end_stream()
+
+    def _respond_event(self, failure: Failure) -> None:
+        """A stream whose first event is an error: an error answer instead of a 200."""
+        code = failure.info.get("code")
+        status = code if isinstance(code, int) and 400 <= code <= 599 else 500
+        data = failure.event.partition(b"data:")[2].strip() or error_body(
+            router_error(status, failure.message).info, self._request.request_id
+        )
+        self._respond(Answer(status, [(b"content-type", b"application/json")], data))
+
+    # Answers
+
+    def _respond(self, answer: Answer) -> None:
+        request = self._request
+        self.status = answer.status
+        request.connection.respond(answer.status, passed_on(answer.headers, request.request_id), answer.body)
+
+    def begin_stream(self, headers: list[tuple[bytes, bytes]], events: bytes) -> None:
+        connection = self._request.connection
+        if self._began:  # a migrated stream: the client's head went out long ago
+            self._core.metrics.migrations["resumed"] += 1
+            connection.write(events)
+            return
+        self._began = True
+        self.status = 200
+        self._core.metrics.first_event.observe(self._loop.time() - self._request.received_s)
+        connection.start_stream(200, passed_on(headers, self._request.request_id), events)
+
+    def write_events(self, events: bytes) -> None:
+        self._request.connection.write(events)
+
+    def _error_event(self, info: ErrorInfo) -> bytes:
+        return b"data: " + error_body(info, self._request.request_id) + b"\n\n"
+
+    def _answer_error(self, info: ErrorInfo) -> None:
+        connection, request = self._request.connection, self._request
+        self.status = info.code
+        if self._began:
+            connection.write(self._error_event(info))
+            connection.end_stream()
+        else:
+            headers = JSON_TYPE + b"x-request-id: %b\r\n" % request.request_id.encode()
+            connection.respond(info.code, headers, error_body(info, request.request_id))
+
+    def _cancelled(self) -> None:
+        """Ended from outside: by the client's leaving, the deadline, an abort, or the router's own end."""
+        stage: Stage = "router"
+        if self._attempt is not None and self._attempt.is_unfinished:
+            stage = "prefill" if self._attempt.waiting_for() == "prefill" else "decode"
+        if self._ended_by == "client":
+            self.status = 499
+        elif self._ended_by == "deadline":
+            message = f"The request did not end within its deadline; it was waiting for {stage} ({self.pair})."
+            self._answer_error(router_error(504, message, kind="deadline_exceeded", stage=stage).info)
+        elif self._ended_by == "abort":
+            self._answer_error(router_error(499, "The request was aborted.", kind="aborted", stage=stage).info)
+        else:
+            message = "The router is shutting down."
+            self._answer_error(router_error(503, message, kind="shutting_down", retryable=True).info)

@@ -1,0 +1,166 @@
+"""Counters of the router and their Prometheus text; names follow sglang-router's `smg_*` where the meaning is the same.
+
+Hand-written, because a request touches several series and the client library costs more than the proxying.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from baton.router.workers import Worker
+
+BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_BREAKER_STATES = {"closed": 0, "open": 1, "half_open": 2}
+Labels = tuple[tuple[str, str], ...]
+
+
+class Histogram:
+    """Counts per bucket; `le` bounds in seconds."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def lines(self, name: str, labels: Labels) -> list[str]:
+        out: list[str] = []
+        total = 0
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            out.append(_line(f"{name}_bucket", (*labels, ("le", bound)), total))
+        out.append(_line(f"{name}_sum", labels, self._sum))
+        out.append(_line(f"{name}_count", labels, total))
+        return out
+
+
+class Metrics:
+    """Everything counted since the start. Keys are label values in the order of `render`."""
+
+    def __init__(self, buckets_s: tuple[float, ...] = BUCKETS_S) -> None:
+        self._buckets_s = buckets_s
+        self.http_requests: Counter[tuple[str, str]] = Counter()
+        self.http_responses: Counter[tuple[str, int]] = Counter()
+        self.upstream_responses: Counter[tuple[str, str, str]] = Counter()
+        self.retries: Counter[tuple[str, str]] = Counter()
+        self.migrations: Counter[str] = Counter()
+        self.aborts = 0
+        self.first_event = Histogram(buckets_s)
+        self._durations: dict[str, Histogram] = {}
+
+    def ended(self, path: str, status: int, duration_s: float) -> None:
+        """One request of an API route has got its end."""
+        self.http_responses[path, status] += 1
+        histogram = self._durations.get(path)
+        if histogram is None:
+            histogram = self._durations[path] = Histogram(self._buckets_s)
+        histogram.observe(duration_s)
+
+    def render(self, workers: "list[Worker]", roles: list[str], gauges: dict[str, int]) -> str:
+        """The exposition; `gauges` are unlabelled ones of the moment."""
+        out: list[str] = []
+        kind = "pd" if "prefill" in roles else "regular"
+        for name, value in gauges.items():
+            out += _family(name, "gauge", _HELP[name], [((), value)])
+        out += _family(
+            "smg_http_requests_total", "counter", "Requests received.",
+            [((("method", method), ("path", path)), n) for (method, path), n in self.http_requests.items()],
+        )  # fmt: skip
+        out += _family(
+            "smg_http_responses_total", "counter", "Answers to clients; 499: the client left.",
+            [((("path", path), ("status_code", str(code))), n) for (path, code), n in self.http_responses.items()],
+        )  # fmt: skip
+        totals: Counter[str] = Counter()
+        for (path, _), n in self.http_responses.items():
+            totals[path] += n
+        out += _family(
+            "smg_router_requests_total", "counter", "Generation requests that have ended.",
+            [((("router_type", kind), ("endpoint", path)), n) for path, n in totals.items()],
+        )  # fmt: skip
+        out += ["# HELP smg_http_request_duration_seconds From the request's last byte to its answer's last byte."]
+        out += ["# TYPE smg_http_request_duration_seconds histogram"]
+        for path, histogram in self._durations.items():
+            out += histogram.lines("smg_http_request_duration_seconds", (("path", path),))
+        out += ["# HELP baton_router_time_to_first_event_seconds From a streaming request to its first event."]
+        out += ["# TYPE baton_router_time_to_first_event_seconds histogram"]
+        out += self.first_event.lines("baton_router_time_to_first_event_seconds", ())
+        out += self._router_lines()
+        out += _worker_lines(workers, roles)
+        return "\n".join(out) + "\n"
+
+    def _router_lines(self) -> list[str]:
+        out = _family(
+            "smg_router_upstream_responses_total", "counter", "Failed tries by worker and what went wrong.",
+            [
+                ((("worker_type", role), ("worker", url), ("result", result)), n)
+                for (role, url, result), n in self.upstream_responses.items()
+            ],
+        )  # fmt: skip
+        out += _family(
+            "smg_router_retries_total", "counter", "Further tries by the side and kind of failure.",
+            [((("worker_type", role), ("reason", reason)), n) for (role, reason), n in self.retries.items()],
+        )  # fmt: skip
+        out += _family(
+            "baton_router_migrations_total", "counter", "Streams whose worker died: started, resumed, failed.",
+            [((("outcome", outcome),), self.migrations[outcome]) for outcome in ("started", "resumed", "failed")],
+        )  # fmt: skip
+        out += _family(
+            "baton_router_worker_aborts_total", "counter", "Aborts sent to workers for requests given up.",
+            [((), self.aborts)],
+        )  # fmt: skip
+        return out
+
+
+_HELP = {
+    "smg_http_connections_active": "Open client connections.",
+    "smg_router_requests_active": "Requests in progress.",
+    "smg_router_requests_queued": "Requests waiting for --max-concurrent-requests.",
+}
+
+
+def _worker_lines(workers: "list[Worker]", roles: list[str]) -> list[str]:
+    def labels(worker: "Worker") -> Labels:
+        return (("worker_type", worker.role), ("worker", worker.url))
+
+    pools = Counter(worker.role for worker in workers)
+    out = _family(
+        "smg_worker_pool_size",
+        "gauge",
+        "Known workers.",
+        [((("worker_type", role),), pools[role]) for role in roles],  # type: ignore[index]
+    )
+    out += _family("smg_worker_health", "gauge", "1: healthy.", [(labels(w), int(w.healthy is True)) for w in workers])
+    out += _family("smg_worker_requests_active", "gauge", "Requests on it.", [(labels(w), w.active) for w in workers])
+    out += _family(
+        "smg_worker_selection_total", "counter", "Times chosen.", [(labels(w), w.selections) for w in workers]
+    )
+    out += _family(
+        "smg_worker_cb_state", "gauge", "Circuit breaker: 0 closed, 1 open, 2 half open.",
+        [(labels(w), _BREAKER_STATES[w.breaker.state]) for w in workers],
+    )  # fmt: skip
+    out += _family(
+        "smg_worker_cb_transitions_total", "counter", "State changes of the circuit breaker.",
+        [(labels(w), w.breaker.transitions) for w in workers],
+    )  # fmt: skip
+    return out
+
+
+def _family(name: str, kind: str, text: str, samples: list[tuple[Labels, int]]) -> list[str]:
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(_line(name, labels, n) for labels, n in samples)]
+
+
+def _line(name: str, labels: Labels, value: float) -> str:
+    if not labels:
+        return f"{name} {value}"
+    text = ",".join(f'{key}="{_escape(label)}"' for key, label in labels)
+    return f"{name}{{{text}}} {value}"
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

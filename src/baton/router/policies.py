@@ -1,0 +1,134 @@
+"""Which worker gets a request: one small object per policy, all with `choose(key, view)`.
+
+`key` is the request's text as bytes (see `body.RequestView.cache_key`), `view` the workers that may take it (never
+empty). No clock, no I/O; randomness is injected. State (a counter, a prefix tree) belongs to the policy object.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import Protocol, TypeVar
+
+from baton.router.config import CacheAwareConfig, PolicyName
+from baton.router.radix import PrefixTree
+
+
+class Candidate(Protocol):
+    """What a policy may know of a worker."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def active(self) -> int: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+class Policy(Protocol):
+    name: PolicyName
+
+    def choose(self, key: bytes, view: Sequence[C]) -> C:
+        """One of `view`, which is not empty."""
+        ...
+
+    def forget(self, url: str) -> None:
+        """The worker left, or came back with empty caches."""
+        ...
+
+
+def _load(worker: Candidate) -> int:
+    return worker.active
+
+
+class RandomPolicy:
+    name: PolicyName = "random"
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+
+    def choose(self, key: bytes, view: Sequence[C]) -> C:
+        return view[int(self._rng.random() * len(view))]
+
+    def forget(self, url: str) -> None:
+        """Nothing is remembered."""
+
+
+class RoundRobin:
+    name: PolicyName = "round_robin"
+
+    def __init__(self) -> None:
+        self._turn = -1
+
+    def choose(self, key: bytes, view: Sequence[C]) -> C:
+        self._turn += 1
+        return view[self._turn % len(view)]
+
+    def forget(self, url: str) -> None:
+        """Nothing is remembered."""
+
+
+class PowerOfTwo:
+    """The less loaded of two workers drawn at random."""
+
+    name: PolicyName = "power_of_two"
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+
+    def choose(self, key: bytes, view: Sequence[C]) -> C:
+        if len(view) == 1:
+            return view[0]
+        first = int(self._rng.random() * len(view))
+        second = int(self._rng.random() * (len(view) - 1))
+        second += second >= first
+        return min(view[first], view[second], key=_load)
+
+    def forget(self, url: str) -> None:
+        """Nothing is remembered."""
+
+
+class CacheAware:
+    """The worker that has most of the text cached, unless loads are too far apart; else the one with the least text.
+
+    Loads are too far apart when max - min > balance_abs and max > balance_rel * min: then the least loaded gets it.
+    """
+
+    name: PolicyName = "cache_aware"
+
+    def __init__(self, config: CacheAwareConfig) -> None:
+        self._config = config
+        self.tree = PrefixTree(config.max_tree_size)
+
+    def choose(self, key: bytes, view: Sequence[C]) -> C:
+        chosen = view[0] if len(view) == 1 else self._best(key, view)
+        if key:
+            self.tree.insert(key, chosen.url)
+        return chosen
+
+    def _best(self, key: bytes, view: Sequence[C]) -> C:
+        config = self._config
+        least = min(view, key=_load)
+        most_active, least_active = max(map(_load, view)), least.active
+        if most_active - least_active > config.balance_abs and most_active > config.balance_rel * least_active:
+            return least
+        if key:
+            matched = self.tree.match(key)
+            best = max(view, key=lambda worker: (matched.get(worker.url, 0), -worker.active))
+            if matched.get(best.url, 0) > config.threshold * len(key):
+                return best
+        sizes = self.tree.size
+        return min(view, key=lambda worker: (sizes.get(worker.url, 0), worker.active))
+
+    def forget(self, url: str) -> None:
+        self.tree.remove(url)
+
+
+def make_policy(name: PolicyName, config: CacheAwareConfig, rng: Random) -> Policy:
+    """A fresh policy object; prefill and decode never share one."""
+    if name == "random":
+        return RandomPolicy(rng)
+    if name == "round_robin":
+        return RoundRobin()
+    if name == "power_of_two":
+        return PowerOfTwo(rng)
+    return CacheAware(config)

@@ -1,0 +1,115 @@
+"""What a failed try means: whether another try can help, after how long, and whom it speaks against. Pure."""
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+from baton.router.config import RetryConfig
+
+Kind = Literal["connect", "stale", "lost", "status", "event"]
+RETRYABLE_STATUSES = frozenset((408, 429, 500, 502, 503, 504))
+BUSY_STATUSES = frozenset((429, 503))
+MAX_BUSY_BACKOFF_S = 1.0
+MAX_STALE = 3
+
+
+class Answer(NamedTuple):
+    """A worker's whole answer."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+@dataclass
+class Failure:
+    """One failed try. `connect`: no connection; `stale`: a kept-alive connection had been closed; `lost`: the connection
+    ended in mid-answer; `status`: an error answer; `event`: an error event in a stream."""
+
+    kind: Kind
+    role: str
+    url: str
+    message: str
+    answer: Answer | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    """The worker's error object, when it could be read."""
+    event: bytes = b""
+    """The error event of kind `event`."""
+
+    @property
+    def is_busy(self) -> bool:
+        return self.answer is not None and self.answer.status in BUSY_STATUSES
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether the same request may succeed elsewhere. A worker's own word (`retryable`) beats the status."""
+        hint = self.info.get("retryable")
+        if isinstance(hint, bool):
+            return hint
+        if self.kind == "status":
+            assert self.answer is not None
+            return self.answer.status in RETRYABLE_STATUSES
+        if self.kind == "event":
+            code = self.info.get("code")
+            return isinstance(code, int) and code in RETRYABLE_STATUSES
+        return True
+
+
+def blames(failure: Failure) -> bool:
+    """Whether the failure counts against its worker's breaker.
+
+    Not: 4xx, a full queue (503, 429), a deadline (408, 504), a stale connection; nor an error of a decode worker that
+    says it happened at another stage (its prefill or the transfer).
+    """
+    if failure.kind in ("connect", "lost"):
+        return True
+    stage = failure.info.get("stage")
+    if failure.role == "decode" and stage in ("prefill", "transfer"):
+        return False
+    status = failure.answer.status if failure.answer is not None else failure.info.get("code")
+    return isinstance(status, int) and status >= 500 and status not in (503, 504)
+
+
+@dataclass
+class RetryState:
+    """What has been tried for one request."""
+
+    retries: int = 0
+    stale: int = 0
+    busy: int = 0
+    migrations: int = 0
+    lost_worker: bool = False
+    """A worker that had accepted the request is gone: from now on only the deadline ends the search for another."""
+    tried: set[str] = field(default_factory=set)
+    """URLs of workers to avoid."""
+
+    def note(self, failure: Failure) -> None:
+        if failure.kind == "stale":
+            return
+        self.tried.add(failure.url)
+        if failure.kind == "lost":
+            self.lost_worker = True
+
+
+def backoff_s(count: int, config: RetryConfig, rng: Random) -> float:
+    """Exponential in `count` (0 for the first), bounded, with jitter."""
+    delay = min(config.max_backoff_s, config.initial_backoff_s * config.multiplier ** min(count, 64))
+    return delay * (1 + config.jitter * (2 * rng.random() - 1))
+
+
+def next_try_s(failure: Failure, state: RetryState, config: RetryConfig, rng: Random) -> float | None:
+    """Seconds until the next try; None: give up. Updates the counters of `state`; call `state.note` first."""
+    if failure.kind == "stale" and state.stale < MAX_STALE:
+        state.stale += 1
+        return 0.0
+    if not failure.can_retry or config.max_retries == 0:
+        return None
+    if state.lost_worker and (failure.is_busy or failure.kind == "connect"):
+        state.busy += 1
+        return min(backoff_s(state.busy - 1, config, rng), MAX_BUSY_BACKOFF_S)
+    if state.retries >= config.max_retries:
+        return None
+    state.retries += 1
+    if state.retries == 1 and failure.kind in ("connect", "lost", "stale"):
+        return 0.0  # another worker can have it at once
+    return backoff_s(state.retries - 1, config, rng)
