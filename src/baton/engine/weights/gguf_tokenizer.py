@@ -7,7 +7,7 @@ wrong pre-tokenizer gives wrong tokens silently. Not here: chat rendering, detok
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from baton.engine.errors import bad_model
 from baton.engine.weights.gguf_file import GgufFile, open_gguf
@@ -43,6 +43,14 @@ def tokenizer_from_gguf(path: Path) -> Tokenizer:
     _set_pre_tokenizer(tokenizer, file)
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(tokenizer, texts, types)
+    if _adds_bos(file):
+        bos_id = _token_id(file, "bos", len(texts))
+        if bos_id is None:
+            raise bad_model(path, "missing metadata key tokenizer.ggml.bos_token_id.")
+        bos = texts[bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+        )
     return tokenizer
 
 
@@ -55,18 +63,29 @@ def tokenizer_config_from_gguf(path: Path) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": file.count(f"{arch}.context_length"),
-        "add_bos_token": bool(file.get("tokenizer.ggml.add_bos_token", False)),
+        "add_bos_token": _adds_bos(file),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = file.get(f"tokenizer.ggml.{key}_token_id")
+        token_id = _token_id(file, key, len(texts))
         if token_id is not None:
-            if not 0 <= token_id < len(texts):
-                raise bad_model(path, f"metadata key tokenizer.ggml.{key}_token_id: {token_id} is not a token.")
             config[f"{name}_token"] = texts[token_id]
     template = file.get("tokenizer.chat_template")
     if template is not None:
         config["chat_template"] = template
     return config
+
+
+def _adds_bos(file: GgufFile) -> bool:
+    """Whether encoding puts the begin-of-sequence token first; Llama 3's files leave the key out and mean yes."""
+    return bool(file.get("tokenizer.ggml.add_bos_token", file.get("tokenizer.ggml.pre") == "llama-bpe"))
+
+
+def _token_id(file: GgufFile, name: str, num_tokens: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    token_id: int | None = file.get(key)
+    if token_id is not None and not 0 <= token_id < num_tokens:
+        raise bad_model(file.path, f"metadata key {key}: {token_id} is not a token.")
+    return token_id
 
 
 def _set_pre_tokenizer(tokenizer: Tokenizer, file: GgufFile) -> None:

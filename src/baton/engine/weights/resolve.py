@@ -18,7 +18,7 @@ def resolve_model(name_or_path: str, revision: str | None = None) -> Path:
     `revision`). Raises `ModelError` saying what to do.
     """
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if name_or_path and path.exists():
         return path
     if is_demo_name(name_or_path):
         return prepare_demo_model()
