@@ -15,7 +15,24 @@ from typing import Any
 
 import httptools
 
-TOKENS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split()
+TOKENS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+]
 
 
 def token_at(prompt: str, choice: int, position: int) -> int:
@@ -96,6 +113,8 @@ class FakeWorker:
         self.faults = Faults()
         self.seen: list[Seen] = []
         self.aborts: list[dict[str, Any]] = []
+        self.violations: list[str] = []
+        """Requests that break the protocol; a bed fails at its end if there are any."""
         self.calls: Counter[str] = Counter()
         self.healthy = True
         self.port = 0
@@ -199,6 +218,9 @@ class _Connection(asyncio.Protocol):
             self.busy = True
             try:
                 await self._generate(path, request)
+            except AssertionError as error:
+                worker.violations.append(str(error))
+                raise
             finally:
                 worker.running -= 1
                 self.busy = False
@@ -259,7 +281,7 @@ class _Connection(asyncio.Protocol):
                 await worker.fabric.room(room).wait()
         answer = _Answer(worker, path, body, request.headers)
         if worker.role == "prefill":
-            answer.limit = 1
+            answer.limit, answer.resume = 1, None
         if body.get("stream") is True:
             await self._stream(answer)
         else:

@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 
 import httptools
+from tests.fakes.fake_worker import Fabric, FakeWorker
 
 from baton.router.app import Router
 from baton.router.config import HealthConfig, RetryConfig, RouterConfig, WorkerSpec
-from tests.fakes.fake_worker import Fabric, FakeWorker
 
 WAIT_S = 20.0
 """Bound of any wait; reached only when a test fails."""
@@ -120,7 +120,7 @@ def http_request(path: str, body: Any = None, headers: dict[str, str] | None = N
 async def eventually(condition: Any) -> None:
     """Yield to the loop until `condition()` holds."""
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - whatever the condition watches has no event
             await asyncio.sleep(0.001)
 
 
@@ -186,3 +186,4 @@ async def bed(
         await router.stop()
         for worker in workers:
             await worker.stop()
+    assert not [problem for worker in workers for problem in worker.violations]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from tests.fakes.fake_worker import expected_text
 from tests.fakes.router_bed import bed
 
