@@ -1,0 +1,176 @@
+"""The rank process: scheduler, model and transfer in one loop.
+
+The loop owns nothing but their order: messages in, transfer events in, one batch, outputs out, transfer actions out. With
+nothing to do it sleeps in one wait over its socket, the transfer's wake-up and the next deadline. Decisions are the
+scheduler's; `assemble` puts the parts together.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import assert_never
+
+import msgspec
+
+from baton.engine.args import EngineArgs, parse_engine_args
+from baton.engine.assemble import Engine, assemble
+from baton.engine.batch import ForwardBatch, ForwardOutput
+from baton.engine.scheduler.pd import AbortTransfer, Action, Expect, Receive, SendPages
+from baton.engine.server.channel import ChannelAddress, RankChannel
+from baton.protocol.errors import BatonError, ErrorInfo
+from baton.protocol.rank import (
+    Abort,
+    CheckIntegrity,
+    Fatal,
+    FlushCache,
+    GetState,
+    Reply,
+    RequestOutput,
+    StepOutput,
+    Submit,
+    ToRank,
+)
+from baton.transfer.base import DecodeTransfer, PrefillTransfer
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+
+
+class RankLoop:
+    """Runs one engine until the process ends."""
+
+    def __init__(self, engine: Engine, channel: RankChannel) -> None:
+        self._scheduler = engine.scheduler
+        self._runner = engine.runner
+        self._transfer = engine.transfer
+        self._channel = channel
+
+    def run(self) -> None:
+        timeout_s: float | None = 0.0
+        while True:
+            for message in self._channel.receive(timeout_s):
+                self._handle(message)
+            timeout_s = 0.0 if self._step() else self._idle_timeout_s()
+
+    def _step(self) -> bool:
+        """One pass; True if a batch ran, so that the next pass must not wait."""
+        if self._transfer is not None:
+            for event in self._transfer.poll():
+                self._scheduler.on_transfer_event(event, time.monotonic())
+        batch = self._scheduler.schedule(time.monotonic())
+        if batch is not None:
+            output = self._forward(batch)
+            if output is not None:
+                self._publish(self._scheduler.apply(output, time.monotonic()))
+        self._publish(self._scheduler.drain_outputs(time.monotonic()))
+        for action in self._scheduler.drain_actions():
+            self._perform(action)
+        return batch is not None
+
+    def _forward(self, batch: ForwardBatch) -> ForwardOutput | None:
+        """Run the model. A step that fails (say, the device is out of memory) ends its own requests, not the worker."""
+        try:
+            return self._runner.forward(batch)
+        except (RuntimeError, MemoryError) as error:
+            logger.exception("a step failed; its requests end with an error sequences=%d", len(batch.query_lens))
+            info = ErrorInfo("InternalServerError", 500, f"the model step failed: {error}", retryable=True)
+            self._publish(self._scheduler.fail_step(info, time.monotonic()))
+            return None
+
+    def _handle(self, message: ToRank) -> None:
+        now = time.monotonic()
+        match message:
+            case Submit():
+                self._publish(self._scheduler.add(message, now))
+            case Abort(rid, reason, matched_stop):
+                self._scheduler.abort(rid, reason, now, matched_stop)
+            case FlushCache(call_id):
+                done = self._scheduler.flush_cache()
+                self._channel.send(Reply(call_id, done, "" if done else "requests are running or waiting"))
+            case GetState(call_id):
+                self._channel.send(msgspec.structs.replace(self._scheduler.state(), call_id=call_id))
+            case CheckIntegrity(call_id):
+                self._channel.send(self._check_integrity(call_id))
+            case _:
+                assert_never(message)
+
+    def _check_integrity(self, call_id: int) -> Reply:
+        try:
+            self._scheduler.check_integrity()
+        except AssertionError as broken:
+            return Reply(call_id, False, str(broken))
+        return Reply(call_id, True)
+
+    def _publish(self, outputs: list[RequestOutput]) -> None:
+        if outputs:
+            self._channel.send(StepOutput(outputs))
+
+    def _perform(self, action: Action) -> None:
+        """Say to the transfer what the scheduler decided. Only its own side's actions ever come."""
+        transfer = self._transfer
+        match action:
+            case Expect(room, timeout_s):
+                assert isinstance(transfer, PrefillTransfer)
+                transfer.expect(room, timeout_s)
+            case SendPages(room, first_page_idx, page_ids, first_token):
+                assert isinstance(transfer, PrefillTransfer)
+                transfer.send(room, first_page_idx, page_ids, first_token)
+            case Receive(room, host, port, first_page_idx, page_ids, timeout_s):
+                assert isinstance(transfer, DecodeTransfer)
+                transfer.receive(room, host, port, first_page_idx, page_ids, timeout_s)
+            case AbortTransfer(room, reason):
+                assert transfer is not None
+                transfer.abort(room, reason)
+            case _:
+                assert_never(action)
+
+    def _idle_timeout_s(self) -> float | None:
+        deadline = self._scheduler.next_deadline()
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """The kernel kills this process when its HTTP process is gone, however that ended."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the HTTP process ended while the rank was starting")
+
+
+def serve_rank(args: EngineArgs, address: ChannelAddress) -> int:
+    """Load the model, say `Ready`, run. Returns an exit status if it cannot start."""
+    channel = RankChannel(address)
+    try:
+        engine = assemble(args, channel.wake)
+        channel.send(engine.ready)
+        RankLoop(engine, channel).run()
+    except (BatonError, OSError, MemoryError) as error:
+        channel.send(Fatal(str(error)))
+        return 1
+    except Exception as error:
+        # Whatever it was, the HTTP process must hear of it before the traceback ends this one.
+        channel.send(Fatal(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        channel.close()
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m baton.engine.rank PARENT_PID CHANNEL_DIRECTORY [worker flags...]`, started by `launch`."""
+    parent_pid, directory, *flags = argv
+    die_with_parent(int(parent_pid))
+    # The HTTP process decides when a worker ends: it drains first, and a terminal's Ctrl-C reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    args = parse_engine_args(flags)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s rank %(name)s %(levelname)s %(message)s")
+    return serve_rank(args, ChannelAddress(directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
