@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from baton.cli.model import model as model_command
 from baton.engine.errors import ModelError
 from baton.engine.models.config import load_config
-from baton.engine.weights import demo
+from baton.engine.weights import convert, demo
 from baton.engine.weights.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_from_gguf
 from baton.engine.weights.loader import open_weights
 from baton.engine.weights.resolve import resolve_model
@@ -168,7 +168,7 @@ def fake_convert(_gguf: Path, directory: Path) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "convert_gguf", fake_convert)
+    monkeypatch.setattr(convert, "convert_gguf", fake_convert)
 
 
 def test_it_is_made_once_by_many_callers_at_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_it_is_made_once_by_many_callers_at_once(empty_cache: Path, monkeypatch:
         fake_convert(gguf_path, directory)
         made.append(directory)
 
-    monkeypatch.setattr(demo, "convert_gguf", counting)
+    monkeypatch.setattr(convert, "convert_gguf", counting)
     barrier = threading.Barrier(4)
     results: list[Path] = []
 
@@ -206,7 +206,7 @@ def test_a_failure_leaves_nothing_behind(empty_cache: Path, monkeypatch: pytest.
         fake_convert(_gguf, directory)
         raise ModelError("no space left")
 
-    monkeypatch.setattr(demo, "convert_gguf", failing)
+    monkeypatch.setattr(convert, "convert_gguf", failing)
     with pytest.raises(ModelError, match="no space left"):
         demo.prepare_demo_model()
     assert [file.name for file in empty_cache.parent.iterdir()] == [".lock"]

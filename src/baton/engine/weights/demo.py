@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from baton.engine.errors import ModelError
-from baton.engine.weights.convert import convert_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +78,9 @@ def _locked(file: Path) -> Iterator[None]:
 
 def _make(directory: Path) -> None:
     """Caller holds the lock. Builds beside `directory`, then renames; what stood there before is removed."""
+    # Here and not above: it needs torch, a second of start-up that who finds the model present should not pay.
+    from baton.engine.weights.convert import convert_gguf
+
     with tempfile.TemporaryDirectory(prefix=".making-", dir=directory.parent) as temporary:
         built = Path(temporary) / "model"
         built.mkdir()
