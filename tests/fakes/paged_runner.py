@@ -68,7 +68,9 @@ class PagedRunner:
             tokens.append(token_id)
             state = states[row.seq_idx][-1]
             logprobs.append(logprobs_of(state, token_id) if row.return_logprob else None)
-        return ForwardOutput(tokens, logprobs, [self._prompt_logprobs(batch, row, states) for row in batch.prompt_logprobs])
+        return ForwardOutput(
+            tokens, logprobs, [self._prompt_logprobs(batch, row, states) for row in batch.prompt_logprobs]
+        )
 
     def copy_page(self, other: "PagedRunner", theirs: int, mine: int) -> None:
         """What a transfer does."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from random import Random
 from typing import Any
 
+from tests.fakes.paged_runner import PagedRunner
+
 from baton.engine.scheduler import pd
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
@@ -14,7 +16,6 @@ from baton.protocol.errors import ErrorInfo
 from baton.protocol.rank import Bootstrap, Finish, RequestOutput, Submit, TokenLogprobs
 from baton.protocol.sampling import SamplingParams
 from baton.transfer.base import Bootstrapped, Event, Failed, Received, Sent
-from tests.fakes.paged_runner import PagedRunner
 
 
 def submit(
@@ -24,7 +25,9 @@ def submit(
     names = set(SamplingParams.__struct_fields__) & fields.keys()
     sampling = SamplingParams(max_new_tokens=max_new_tokens, **{name: fields.pop(name) for name in names})
     bootstrap = None if room is None else Bootstrap("10.0.0.1", 8998, room)
-    return Submit(rid=rid, input_ids=list(prompt), sampling=sampling, bootstrap=fields.pop("bootstrap", bootstrap), **fields)
+    return Submit(
+        rid=rid, input_ids=list(prompt), sampling=sampling, bootstrap=fields.pop("bootstrap", bootstrap), **fields
+    )
 
 
 class Ledger:

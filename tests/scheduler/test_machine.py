@@ -6,10 +6,10 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-
-from baton.protocol.rank import Submit
 from tests.fakes.paged_runner import oracle
 from tests.scheduler.machine import Ledger, Pair, Worker, submit
+
+from baton.protocol.rank import Submit
 
 # Prompts from few pieces, so that prefixes are shared.
 PROMPTS = st.lists(st.sampled_from([[1], [2, 3], [1, 2, 3, 4], [5] * 7]), min_size=1, max_size=5).map(
@@ -23,13 +23,13 @@ def requests(rid: str, room: int | None) -> st.SearchStrategy[Submit]:
         submit,
         st.just(rid),
         PROMPTS,
-        st.one_of(st.none(), st.integers(0, 12)),
+        st.sampled_from([0, 1, 2, 5, 9, 14, 20, None]),
         room=st.just(room),
         extra_key=st.sampled_from([None, None, "salt"]),
-        output_ids=st.lists(st.integers(20, 90), max_size=2),
+        output_ids=st.sampled_from([[], [], [], [20, 21]]),
         ignore_eos=st.booleans(),
-        timeout_s=st.sampled_from([None, None, None, 0.05, 1.0]),
-        return_logprob=st.booleans(),
+        timeout_s=st.sampled_from([None] * 8 + [0.05, 1.0]),
+        return_logprob=st.sampled_from([False, False, True]),
         logprob_start_len=st.sampled_from([-1, 0, 1, 5]),
         priority=st.integers(0, 2),
     )
@@ -41,12 +41,20 @@ CONFIGS: dict[str, st.SearchStrategy[Any]] = {
     "max_prefill_tokens": st.sampled_from([6, 100]),
     "enable_mixed_chunk": st.booleans(),
     "enable_priority": st.booleans(),
-    "max_running_requests": st.sampled_from([1, 3, 32]),
-    "max_queued_requests": st.sampled_from([None, 3]),
-    "num_pages": st.sampled_from([8, 12, 40]),
+    "max_running_requests": st.sampled_from([1, 6, 32, 32]),
+    "max_queued_requests": st.sampled_from([None, None, 8]),
+    # 0: no output is expected of running requests, so the pages run out all the time.
+    "schedule_conservativeness": st.sampled_from([0.0, 0.0, 1.0]),
+    "pool_tokens": st.sampled_from([40, 48, 64, 200]),
     "page_size": st.sampled_from([1, 2, 4]),
-    "shared": st.booleans(),
+    "shared": st.sampled_from([True, True, False]),
 }
+
+
+def in_pages(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `Worker`."""
+    rest = {name: value for name, value in config.items() if name != "pool_tokens"}
+    return {**rest, "num_pages": config["pool_tokens"] // config["page_size"]}
 
 
 def check_request(request: Submit, ledger: Ledger, context_len: int) -> None:
@@ -74,15 +82,16 @@ def check_request(request: Submit, ledger: Ledger, context_len: int) -> None:
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(config=st.fixed_dictionaries(CONFIGS), context_len=st.sampled_from([30, 200]))
     def start(self, config: dict[str, Any], context_len: int) -> None:
-        self.worker = Worker(eos_token_ids=(EOS,), context_len=context_len, **config)
+        self.worker = Worker(eos_token_ids=(EOS,), context_len=context_len, **in_pages(config))
         self.sent: list[Submit] = []
 
-    @rule(data=st.data())
-    def add(self, data: st.DataObject) -> None:
-        request = data.draw(requests(f"r{len(self.sent)}", None))
-        self.sent.append(request)
-        self.worker.add(request)
-        self.worker.scheduler.check_integrity()
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def add(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            request = data.draw(requests(f"r{len(self.sent)}", None))
+            self.sent.append(request)
+            self.worker.add(request)
+            self.worker.scheduler.check_integrity()
 
     @rule(data=st.data(), stop=st.sampled_from([None, None, "END"]))
     def abort(self, data: st.DataObject, stop: str | None) -> None:
@@ -130,24 +139,25 @@ class PairMachine(RuleBasedStateMachine):
     def start(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
         page_size = prefill["page_size"]
         self.pair = Pair(
-            Worker(mode="prefill", eos_token_ids=(EOS,), context_len=60, **prefill),
+            Worker(mode="prefill", eos_token_ids=(EOS,), context_len=60, **in_pages(prefill)),
             Worker(
                 mode="decode",
                 eos_token_ids=(EOS,),
                 context_len=60,
                 num_reserved_decode_tokens=4,
-                **(decode | {"page_size": page_size}),
+                **in_pages(decode | {"page_size": page_size}),
             ),
         )
         self.sent: list[Submit] = []
 
-    @rule(data=st.data(), order=st.sampled_from(["pd", "dp"]))
-    def add(self, data: st.DataObject, order: str) -> None:
-        request = data.draw(requests(f"r{len(self.sent)}", 100 + len(self.sent)))
-        self.sent.append(request)
-        for side in order:
-            (self.pair.prefill if side == "p" else self.pair.decode).add(request)
-        self.settle()
+    @rule(data=st.data(), order=st.sampled_from(["pd", "dp"]), count=st.integers(1, 5))
+    def add(self, data: st.DataObject, order: str, count: int) -> None:
+        for _ in range(count):
+            request = data.draw(requests(f"r{len(self.sent)}", 100 + len(self.sent)))
+            self.sent.append(request)
+            for side in order:
+                (self.pair.prefill if side == "p" else self.pair.decode).add(request)
+            self.settle()
 
     @rule(data=st.data(), side=st.sampled_from(["prefill", "decode"]))
     def abort(self, data: st.DataObject, side: str) -> None:
@@ -167,6 +177,12 @@ class PairMachine(RuleBasedStateMachine):
     def steps(self, side: str, count: int) -> None:
         for _ in range(count):
             getattr(self.pair, side).step()
+            self.settle()
+
+    @rule(count=st.integers(1, 8))
+    def run_both(self, count: int) -> None:
+        for _ in range(count):
+            self.pair.step()
             self.settle()
 
     @rule()

@@ -107,8 +107,6 @@ class Places:
             return
         self._leave(victim)
         self.life.drop_pages(victim)
-        if not victim.input_logprobs_sent:
-            victim.input_logprobs = []
         victim.num_retractions += 1
         self.counters.num_retracted_total += 1
         self.enqueue(victim)
