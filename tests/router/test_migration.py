@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 import pytest
-
 from tests.fakes.fake_worker import expected_text
 from tests.fakes.router_bed import Bed, Reply, bed, connect, eventually, http_request
 

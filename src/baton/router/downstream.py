@@ -7,7 +7,7 @@ requests wait, reading stops) and HTTP/1.0. Knows nothing of routes or workers: 
 import asyncio
 import socket
 from collections import deque
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.parse import unquote
 
 import httptools
@@ -96,8 +96,7 @@ class ClientConnection(asyncio.Protocol):
         self.bytes_out = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but type
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

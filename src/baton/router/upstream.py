@@ -6,7 +6,7 @@ connection was lost. Nothing is retried here; nothing is known of prefill or dec
 
 import asyncio
 import socket
-from typing import Protocol
+from typing import Protocol, cast
 
 import httptools
 
@@ -34,6 +34,7 @@ class Upstream(asyncio.Protocol):
         "_got_bytes",
         "_head_ready",
         "_headers",
+        "_keep_alive",
         "_listener",
         "_parser",
         "_paused",
@@ -51,6 +52,7 @@ class Upstream(asyncio.Protocol):
         self._body: list[bytes] = []
         self._head_ready = False
         self._complete = False
+        self._keep_alive = False
         self._got_bytes = False
         self._reused = False
         self._paused = False
@@ -58,8 +60,7 @@ class Upstream(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but type
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -109,6 +110,7 @@ class Upstream(asyncio.Protocol):
             self._head_ready = False
         else:
             self._complete = True
+            self._keep_alive = self._parser.should_keep_alive()  # known here only
 
     def data_received(self, data: bytes) -> None:
         listener = self._listener
@@ -137,7 +139,7 @@ class Upstream(asyncio.Protocol):
             self._complete = False
             if self._listener is listener:
                 self._listener = None
-                if self._parser.should_keep_alive():
+                if self._keep_alive:
                     self.resume()
                     self._pool.put(self)
                 else:
