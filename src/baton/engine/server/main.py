@@ -71,26 +71,45 @@ def run_server(
 
     `bootstrap_socket` is for prefill workers. `model_path` is where `args.model_path` lies on this machine.
     """
+    if bootstrap_socket is not None:
+        # Connections queue from now on: the rank may register before the server has started.
+        bootstrap_socket.listen()
     worker = Worker(args, address, rank_pids, http_socket, bootstrap_socket, model_path or Path(args.model_path))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(worker.run())
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to `Worker`, which owns two servers."""
+class HttpServer(uvicorn.Server):
+    """Leaves signals to `Worker`, which owns two servers, and wakes once a second instead of ten times."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Finish the requests that run, then return from `serve`."""
+        self.should_exit = True
+        self._stop.set()
+
+    async def main_loop(self) -> None:
+        seconds = 0
+        while not await self.on_tick(10 * seconds):  # uvicorn counts tenths; the tick renews the Date header
+            seconds = (seconds + 1) % 86400
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 1.0)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
 
-def _server(app: ASGIApp, args: EngineArgs, *, access_log: bool) -> _Server:
+def http_server(app: ASGIApp, args: EngineArgs, *, access_log: bool) -> HttpServer:
     config = uvicorn.Config(
         app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
         log_level=args.log_level_http or args.log_level, access_log=access_log, server_header=False, proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
     )  # fmt: skip
-    return _Server(config)
+    return HttpServer(config)
 
 
 class Worker:
@@ -114,7 +133,7 @@ class Worker:
         self._channel = ServerChannel(address)
         self._registry = CollectorRegistry()
         self._stop = asyncio.Event()
-        self._servers: list[_Server] = []
+        self._servers: list[HttpServer] = []
         self._ctx: ServerContext | None = None
 
     async def run(self) -> int:
@@ -126,12 +145,12 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 bootstrap = None
                 if self._bootstrap_socket is not None:
-                    server = _server(bootstrap_app(), self._args, access_log=False)
+                    server = http_server(bootstrap_app(), self._args, access_log=False)
                     bootstrap = (server, group.create_task(server.serve([self._bootstrap_socket]), name="bootstrap"))
                 main = group.create_task(self._run_rank_side(), name="worker")
                 status = await main
                 if bootstrap is not None:
-                    bootstrap[0].should_exit = True
+                    bootstrap[0].stop()
             return status
         finally:
             self._channel.close()
@@ -199,9 +218,9 @@ class Worker:
         return self._ctx
 
     async def _serve(self, ctx: ServerContext) -> int:
-        server = _server(build_app(ctx), self._args, access_log=True)
+        server = http_server(build_app(ctx), self._args, access_log=True)
         self._servers.append(server)
-        ctx.client.on_lost = lambda: setattr(server, "should_exit", True)
+        ctx.client.on_lost = server.stop
         if self._stop.is_set():
             return 0
         if ctx.client.lost_reason is not None:
@@ -214,13 +233,13 @@ class Worker:
             warm_up.cancel()
         return 1 if ctx.client.lost_reason is not None else 0
 
-    async def _warm_up(self, ctx: ServerContext, server: _Server) -> None:
+    async def _warm_up(self, ctx: ServerContext, server: HttpServer) -> None:
         """One request through the whole rank, then ready."""
         if not self._args.skip_server_warmup:
             error = await warm_up(ctx)
             if error is not None:
                 ctx.client.fail(f"the warm-up request failed: {error}")
-                server.should_exit = True
+                server.stop()
                 return
         ctx.is_warm = True
         host, port = self._http_socket.getsockname()[:2]
@@ -233,7 +252,7 @@ class Worker:
         if self._ctx is not None:
             self._ctx.is_stopping = True
         for server in self._servers:
-            server.should_exit = True
+            server.stop()
             server.force_exit = is_second
 
     @contextlib.contextmanager
