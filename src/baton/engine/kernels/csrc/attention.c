@@ -1,24 +1,9 @@
 /* The kernel of attention.h: packing a block of keys, scores, weights, output, merging. How work is cut is in plan.c. */
 #include <math.h>
 
-#include "attention.h"
-#include "gemm.h"
+#include "attention_block.h"
 
 static const bf16 zero_row[1024] __attribute__((aligned(64)));
-
-/* One thread's buffers for one item. Rows are (query, head of the group), query first. */
-typedef struct {
-    const bf16 *keys[KEY_BLOCK], *values[KEY_BLOCK];
-    bf16 *q;         /* [rows][D] */
-    bf16 *k, *v;     /* packed block: panels of 32 keys, panels of 32 dims */
-    float *scores;   /* [ROW_TILE][KEY_BLOCK] */
-    bf16 *weights;   /* [ROW_TILE][KEY_BLOCK] */
-    float *block;    /* [ROW_TILE][Dp] output of one block */
-    float *out;      /* [rows][Dp] */
-    float *max, *sum; /* [rows] of the blocks so far: maximum in log2 units, sum of weights */
-} Scratch;
-
-INLINE int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, PANEL); }
 
 static int64_t max_rows(int64_t group) { return round_up(max64(TILE_ROWS, group), LANES); }
 
@@ -45,8 +30,8 @@ int64_t attention_scratch_bytes(int64_t head_dim, int64_t group) {
 
 int64_t attention_partial_floats(int64_t head_dim) { return padded_dim(head_dim) + LANES; }
 
-/* Where the block's keys lie; keys that the sequence does not have read as zero. */
-static void find_keys(Scratch *s, const Attention *a, const Tile *tile, int64_t head, int64_t block) {
+/* Keys that the sequence does not have read as zero: an unused slot may hold anything, and 0 x NaN is a NaN. */
+static void find_keys(KeyRows *s, const Attention *a, const Tile *tile, int64_t head, int64_t block) {
     const KvPool *pool = a->pool;
     const int32_t *table = a->batch->page_tables + tile->seq * a->batch->table_width;
     int64_t first = block * KEY_BLOCK, count = min64(a->batch->context_lens[tile->seq] - first, KEY_BLOCK);
@@ -60,89 +45,6 @@ static void find_keys(Scratch *s, const Attention *a, const Tile *tile, int64_t 
         }
     }
     for (int64_t i = count; i < KEY_BLOCK; i++) s->keys[i] = s->values[i] = zero_row;
-}
-
-/* 16 rows of 16 32-bit words -> 16 columns. */
-INLINE void transpose_16x16(__m512i r[16]) {
-    __m512i t[16];
-    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
-/* Keys become the columns of a packed weight [32-key panel][D/2][32][2]: the scores are then a product like any other. */
-static void pack_keys(Scratch *s, int64_t head_dim, int64_t num_keys) {
-    int64_t words = head_dim / 2;
-    for (int64_t key = 0; key < num_keys; key += LANES) {
-        bf16 *dst = s->k + key / PANEL * panel_size(head_dim) + key % PANEL * 2;
-        for (int64_t word = 0; word < words; word += LANES) {
-            __mmask16 m = lanes_below(words - word);
-            __m512i r[16];
-            _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(m, s->keys[key + i] + 2 * word);
-            transpose_16x16(r);
-            if (m == 0xffff) {
-                _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) _mm512_store_si512(dst + (word + i) * 64, r[i]);
-            } else {
-                _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++)
-                    if (word + i < words) _mm512_store_si512(dst + (word + i) * 64, r[i]);
-            }
-        }
-    }
-}
-
-/* Values become [32-dim panel][pair of keys][32][2]. */
-static void pack_values(Scratch *s, int64_t head_dim, int64_t num_keys) {
-    static const uint16_t low_order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    __m512i low = _mm512_loadu_si512(low_order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t key = 0; key < num_keys; key += 2) {
-        for (int64_t dim = 0; dim < head_dim; dim += PANEL) {
-            __mmask32 m = head_dim - dim >= PANEL ? ~(__mmask32)0 : ((__mmask32)1 << (head_dim - dim)) - 1;
-            __m512i a = _mm512_maskz_loadu_epi16(m, s->values[key] + dim);
-            __m512i b = _mm512_maskz_loadu_epi16(m, s->values[key + 1] + dim);
-            bf16 *dst = s->v + dim * KEY_BLOCK + key * PANEL;
-            _mm512_store_si512(dst, _mm512_permutex2var_epi16(a, low, b));
-            _mm512_store_si512(dst + 32, _mm512_permutex2var_epi16(a, high, b));
-        }
-    }
-}
-
-/* Scores of `rows` rows against the first `num_keys` keys (rounded up to a panel). */
-static void score_rows(Scratch *s, const bf16 *q, int64_t rows, int64_t head_dim, int64_t num_keys) {
-    for (int64_t key = 0; key < num_keys; key += PANEL) {
-        const bf16 *k = s->k + key / PANEL * panel_size(head_dim);
-        float *dst = s->scores + key;
-#define SCORE(R)                                                                     \
-    {                                                                                \
-        __m512 acc[R][2];                                                            \
-        micro_##R(q, head_dim, k, head_dim / 2, acc);                                \
-        _Pragma("GCC unroll 16") for (int r = 0; r < R; r++) {                       \
-            _mm512_store_ps(dst + r * KEY_BLOCK, acc[r][0]);                         \
-            _mm512_store_ps(dst + r * KEY_BLOCK + LANES, acc[r][1]);                 \
-        }                                                                            \
-    }
-        FOR_ROWS(rows, SCORE)
-#undef SCORE
-    }
 }
 
 /* One row's weights over its `valid` keys, zero up to `num_keys`. Gives the maximum (log2 units) and the sum. */
@@ -159,26 +61,6 @@ static void weigh_row(const float *scores, bf16 *weights, int64_t valid, int64_t
         store_bf16(weights + i, p);
     }
     *sum = _mm512_reduce_add_ps(total);
-}
-
-/* block[r] = weights[r] x values, from zero. */
-static void weighted_values(Scratch *s, int64_t rows, int64_t head_dim, int64_t num_keys) {
-    int64_t dims = padded_dim(head_dim);
-    for (int64_t dim = 0; dim < head_dim; dim += PANEL) {
-        const bf16 *v = s->v + dim * KEY_BLOCK;
-        float *dst = s->block + dim;
-#define VALUES(R)                                                                    \
-    {                                                                                \
-        __m512 acc[R][2];                                                            \
-        micro_##R(s->weights, KEY_BLOCK, v, num_keys / 2, acc);                      \
-        _Pragma("GCC unroll 16") for (int r = 0; r < R; r++) {                       \
-            _mm512_store_ps(dst + r * dims, acc[r][0]);                              \
-            _mm512_store_ps(dst + r * dims + LANES, acc[r][1]);                      \
-        }                                                                            \
-    }
-        FOR_ROWS(rows, VALUES)
-#undef VALUES
-    }
 }
 
 /* Add a block (block, block_max, block_sum) to what came before it (out, max, sum). The only place where blocks meet. */
@@ -213,50 +95,91 @@ INLINE float *partial_slot(const Attention *a, const Tile *tile, int64_t head, i
     return a->partials + (tile->partial + (head * tile->num_blocks + block) * rows + row) * attention_partial_floats(a->pool->head_dim);
 }
 
-/* One block of a tile for all its rows: merged into s->out, or put aside when the tile is split among threads. */
-static void run_block(Scratch *s, const Attention *a, const Tile *tile, int64_t head, int64_t block) {
-    int64_t group = a->plan->group, head_dim = a->pool->head_dim, dims = padded_dim(head_dim);
-    int64_t rows = tile->num_queries * group, first_key = block * KEY_BLOCK;
-    int64_t last_key = tile->first_position + tile->num_queries; /* one behind the last visible */
-    int64_t block_keys = round_up(min64(last_key - first_key, KEY_BLOCK), PANEL);
-    find_keys(s, a, tile, head, block);
-    pack_keys(s, head_dim, block_keys);
-    pack_values(s, head_dim, block_keys);
-    for (int64_t row = 0; row < rows; row += ROW_TILE) {
-        int64_t count = min64(ROW_TILE, rows - row), last_query = (row + count - 1) / group;
-        int64_t visible = min64(tile->first_position + last_query + 1 - first_key, KEY_BLOCK);
-        if (visible <= 0) continue;
-        int64_t num_keys = round_up(visible, PANEL);
-        float max[ROW_TILE], sum[ROW_TILE];
-        int64_t valid[ROW_TILE];
-        score_rows(s, s->q + row * head_dim, count, head_dim, num_keys);
-        for (int64_t r = 0; r < count; r++) {
-            valid[r] = min64(tile->first_position + (row + r) / group + 1 - first_key, KEY_BLOCK);
-            weigh_row(s->scores + r * KEY_BLOCK, s->weights + r * KEY_BLOCK, valid[r], num_keys, a->scale * LOG2E, max + r, sum + r);
-        }
-        weighted_values(s, count, head_dim, num_keys);
-        for (int64_t r = 0; r < count; r++) {
-            if (valid[r] <= 0) continue;
-            if (tile->partial < 0) {
-                merge_row(s->out + (row + r) * dims, s->max + row + r, s->sum + row + r, s->block + r * dims, max[r], sum[r], dims);
-            } else {
-                float *slot = partial_slot(a, tile, head, block, row + r);
-                memcpy(slot, s->block + r * dims, (size_t)dims * sizeof(float));
-                slot[dims] = max[r], slot[dims + 1] = sum[r];
-            }
-        }
+/* A finished row of a block: merged into s->out, or put aside when the tile is split among threads. */
+INLINE void keep_row(Scratch *s, const Attention *a, const Tile *tile, int64_t head, int64_t block, int64_t row, const float *out,
+                     float max, float sum) {
+    int64_t dims = padded_dim(a->pool->head_dim);
+    if (tile->partial < 0) {
+        merge_row(s->out + row * dims, s->max + row, s->sum + row, out, max, sum, dims);
+    } else {
+        float *slot = partial_slot(a, tile, head, block, row);
+        memcpy(slot, out, (size_t)dims * sizeof(float));
+        slot[dims] = max, slot[dims + 1] = sum;
     }
 }
 
-static void run_item(Scratch *s, const Attention *a, const Item *item, int64_t head) {
-    const Tile *tile = a->plan->tiles + item->tile;
-    int64_t group = a->plan->group, head_dim = a->pool->head_dim;
-    for (int64_t i = 0; i < tile->num_queries; i++)
-        memcpy(s->q + i * group * head_dim, a->q + (tile->first_token + i) * a->ldq + head * group * head_dim,
-               (size_t)(group * head_dim) * sizeof(bf16));
-    if (tile->partial < 0) clear_rows(s, tile->num_queries * group, padded_dim(head_dim));
-    for (int64_t b = item->first_block; b < item->first_block + item->num_blocks; b++) run_block(s, a, tile, head, b);
-    if (tile->partial < 0) write_rows(s, a, tile, head);
+/* Keys of the block (first key `first_key`) that query row `row` of the tile sees; may be negative. */
+INLINE int64_t visible_keys(const Tile *tile, int64_t row, int64_t group, int64_t first_key) {
+    return min64(tile->first_position + row / group + 1 - first_key, KEY_BLOCK);
+}
+
+/* One block of a tile for all its rows. */
+static void run_block(Scratch *s, const Attention *a, const Tile *tile, int64_t head, int64_t block, const KeyRows *at, const KeyRows *next) {
+    int64_t group = a->plan->group, head_dim = a->pool->head_dim, dims = padded_dim(head_dim);
+    int64_t rows = tile->num_queries * group, first_key = block * KEY_BLOCK;
+    int direct = rows <= ROW_TILE;
+    if (!direct) {
+        int64_t num_keys = round_up(visible_keys(tile, rows - 1, group, first_key), PANEL);
+        pack_keys(s, at, next, head_dim, num_keys);
+        pack_values(s, at, next, head_dim, num_keys);
+    }
+    for (int64_t row = 0; row < rows; row += ROW_TILE) {
+        int64_t count = min64(ROW_TILE, rows - row), visible = visible_keys(tile, row + count - 1, group, first_key);
+        if (visible <= 0) continue;
+        int64_t num_keys = round_up(visible, PANEL);
+        float max[ROW_TILE], sum[ROW_TILE];
+        if (direct) direct_scores(s, at, next, count, head_dim, num_keys);
+        else packed_scores(s, s->q + row * head_dim, count, head_dim, num_keys);
+        for (int64_t r = 0; r < count; r++)
+            weigh_row(s->scores + r * KEY_BLOCK, s->weights + r * KEY_BLOCK, visible_keys(tile, row + r, group, first_key), num_keys,
+                      a->scale * LOG2E, max + r, sum + r);
+        if (direct) direct_values(s, at, next, count, head_dim, num_keys);
+        else packed_values(s, count, head_dim, num_keys);
+        for (int64_t r = 0; r < count; r++)
+            if (visible_keys(tile, row + r, group, first_key) > 0)
+                keep_row(s, a, tile, head, block, row + r, s->block + r * dims, max[r], sum[r]);
+    }
+}
+
+/* A thread's walk over the blocks of the items that it claims. */
+typedef struct {
+    const Item *item; /* NULL: nothing is left */
+    const Tile *tile;
+    int64_t head, block;
+} Cursor;
+
+static void advance(Cursor *c, const Attention *a) {
+    int64_t heads = a->pool->num_kv_heads;
+    if (c->item && ++c->block < c->item->first_block + c->item->num_blocks) return;
+    int64_t i = pool_claim();
+    c->item = i < a->plan->num_items * heads ? a->plan->items + i / heads : NULL;
+    if (!c->item) return;
+    c->tile = a->plan->tiles + c->item->tile, c->head = i % heads, c->block = c->item->first_block;
+}
+
+static void begin_item(Scratch *s, const Attention *a, const Cursor *c) {
+    int64_t group = a->plan->group, width = group * a->pool->head_dim;
+    for (int64_t i = 0; i < c->tile->num_queries; i++)
+        memcpy(s->q + i * width, a->q + (c->tile->first_token + i) * a->ldq + c->head * width, (size_t)width * sizeof(bf16));
+    if (c->tile->partial < 0) clear_rows(s, c->tile->num_queries * group, padded_dim(a->pool->head_dim));
+}
+
+static void run_items(Scratch *s, const Attention *a) {
+    Cursor now = {0}, next;
+    KeyRows *at = &s->rows[0], *after = &s->rows[1];
+    advance(&now, a);
+    if (now.item) find_keys(at, a, now.tile, now.head, now.block);
+    while (now.item) {
+        next = now;
+        advance(&next, a);
+        if (next.item) find_keys(after, a, next.tile, next.head, next.block);
+        if (now.block == now.item->first_block) begin_item(s, a, &now);
+        run_block(s, a, now.tile, now.head, now.block, at, next.item ? after : NULL);
+        if (now.block == now.item->first_block + now.item->num_blocks - 1 && now.tile->partial < 0) write_rows(s, a, now.tile, now.head);
+        KeyRows *swap = at;
+        at = after, after = swap;
+        now = next;
+    }
 }
 
 /* The blocks of a split tile, in ascending order as one thread would have merged them. */
@@ -278,7 +201,7 @@ void attention_stage(Worker *w, const Attention *a) {
     int64_t heads = a->pool->num_kv_heads;
     Scratch s;
     scratch_layout(&s, a->scratch + w->tid * attention_scratch_bytes(a->pool->head_dim, plan->group), a->pool->head_dim, plan->group);
-    for (int64_t i; (i = pool_claim()) < plan->num_items * heads;) run_item(&s, a, plan->items + i / heads, i % heads);
+    run_items(&s, a);
     if (plan->num_split_tiles == 0) return;
     pool_barrier(w);
     for (int64_t i; (i = pool_claim()) < plan->num_split_tiles * heads;) merge_tile(&s, a, plan->tiles + i / heads, i % heads);
