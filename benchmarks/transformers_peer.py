@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from load import random_prompts
 
 

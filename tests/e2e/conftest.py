@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.e2e.service import Process, Service, running
 
 from baton.engine.weights.demo import prepare_demo_model
-from tests.e2e.service import Process, Service, running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

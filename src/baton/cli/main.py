@@ -9,11 +9,13 @@ import sys
 import typer
 
 import baton
+from baton.cli import ask as ask_command
 from baton.cli import model as model_command
 from baton.cli import serve as serve_command
 
 app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, help=baton.__doc__)
 app.command("model")(model_command.model)
+app.command("ask")(ask_command.ask)
 app.command("serve")(serve_command.serve)
 app.command("down")(serve_command.down)
 
@@ -45,4 +47,3 @@ def version() -> None:
 def main() -> None:
     """Entry point of the `baton` script."""
     app()
-

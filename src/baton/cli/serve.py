@@ -7,7 +7,6 @@ for each, and stops them all. It decides nothing about requests.
 import asyncio
 import contextlib
 import http.client
-import json
 import os
 import signal
 import socket
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from baton.cli.ask import ask
 
 READY_TIMEOUT_S = 90.0
 STOP_GRACE_S = 10.0
@@ -38,30 +39,29 @@ def serve(
     decode: Annotated[int, typer.Option(min=1, help="number of decode workers")] = 1,
     host: Annotated[str, typer.Option(help="address of the router")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port of the router")] = 8000,
-    detach: Annotated[bool, typer.Option("--detach", help="return once an answer came; stop with `baton down`")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="return once an answer came; stop with `baton down`")
+    ] = False,
 ) -> None:
     """Serve MODEL with prefill and decode on separate workers behind one router."""
     if running_pid() is not None:
         raise typer.BadParameter(f"already running (pid {running_pid()}); stop it with `baton down`")
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise typer.BadParameter(f"--port {port} on {host}: {error.strerror}") from None
+        if probe.connect_ex((host, port)) == 0:
+            raise typer.BadParameter(f"--port {port} on {host} is in use; choose another")
     commands = worker_commands(model, prefill, decode, host, port)
     if not detach:
         (home() / "pid").write_text(str(os.getpid()))
-        asyncio.run(supervise(commands))
+        try:
+            asyncio.run(supervise(commands))
+        finally:
+            (home() / "pid").unlink(missing_ok=True)
         return
-    arguments = ["serve", "--model", model, "--prefill", str(prefill), "--decode", str(decode)]
+    command = [sys.executable, "-m", "baton.cli", *(argument for argument in sys.argv[1:] if argument != "--detach")]
     with (home() / "supervisor.log").open("wb") as log:
-        supervisor = subprocess.Popen(
-            [sys.executable, "-m", "baton.cli", *arguments, "--host", host, "--port", str(port)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+        supervisor = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     wait_ready(supervisor, host, port)
-    stream_proof(host, port)
+    ask(PROOF_QUESTION, f"http://{host}:{port}", max_tokens=48)
     typer.echo(f"serving at http://{host}:{port}/v1  (logs: {home()}; stop: baton down)")
 
 
@@ -95,38 +95,31 @@ def free_ports(count: int) -> list[int]:
 
 async def supervise(commands: dict[str, list[str]]) -> None:
     """Run every command until SIGTERM or SIGINT, restarting what dies."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as group:
-        for name, command in commands.items():
-            group.create_task(keep_running(name, command, stop), name=name)
-    (home() / "pid").unlink(missing_ok=True)
+        tasks = [group.create_task(keep_running(name, command), name=name) for name, command in commands.items()]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, lambda: [task.cancel() for task in tasks])
 
 
-async def keep_running(name: str, command: list[str], stop: asyncio.Event) -> None:
-    while not stop.is_set():
+async def keep_running(name: str, command: list[str]) -> None:
+    while True:
         with (home() / f"{name}.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        exited, stopping = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
-        await asyncio.wait({exited, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
+        try:
+            code = await process.wait()
+        finally:
             await terminate(process)
-        else:
-            typer.echo(f"{name} exited with {process.returncode}; starting it again (log: {home() / name}.log)")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), RESTART_DELAY_S)
-        stopping.cancel()
+        typer.echo(f"{name} exited with {code}; starting it again (log: {home() / name}.log)")
+        await asyncio.sleep(RESTART_DELAY_S)
 
 
 async def terminate(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.terminate()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), STOP_GRACE_S)
-        except TimeoutError:
+        if process.returncode is None:
             process.kill()
-            await process.wait()
 
 
 def wait_ready(supervisor: subprocess.Popen[bytes], host: str, port: int) -> None:
@@ -142,23 +135,6 @@ def wait_ready(supervisor: subprocess.Popen[bytes], host: str, port: int) -> Non
     typer.echo(f"not ready after {READY_TIMEOUT_S:.0f} s; see the logs in {home()}", err=True)
     down()
     raise typer.Exit(1)
-
-
-def stream_proof(host: str, port: int) -> None:
-    """Ask one question and print the answer as it streams."""
-    connection = http.client.HTTPConnection(host, port, timeout=60)
-    connection.request("GET", "/v1/models")
-    model = json.loads(connection.getresponse().read())["data"][0]["id"]
-    messages = [{"role": "user", "content": PROOF_QUESTION}]
-    body = {"model": model, "messages": messages, "max_tokens": 48, "temperature": 0, "stream": True}
-    headers = {"content-type": "application/json"}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    typer.echo(f"> {PROOF_QUESTION}")
-    for line in connection.getresponse():
-        if line.startswith(b"data: {"):
-            for choice in json.loads(line[6:]).get("choices", []):
-                typer.echo(choice["delta"].get("content") or "", nl=False)
-    typer.echo("")
 
 
 def running_pid() -> int | None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from baton.router.launch import main
+from baton.router.launch import launch_router_main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(launch_router_main(sys.argv[1:]))
