@@ -176,7 +176,7 @@ class ClientConnection(asyncio.Protocol):
         if b"expect" in headers:
             if headers[b"expect"].lower() != b"100-continue":
                 raise router_error(417, "The only expectation supported is 100-continue.")
-            if self.current is None and self.transport is not None:
+            if self.current is None and self.transport is not None and not self.transport.is_closing():
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _size_error(self) -> RequestError:
@@ -241,7 +241,7 @@ class ClientConnection(asyncio.Protocol):
     def respond(self, status: int, headers: bytes, body: bytes) -> None:
         """A whole answer. `headers` are lines, each ended by CRLF, without length and connection."""
         transport = self.transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             return
         self.bytes_out = len(body)
         keep = self._keep_alive and not self._app.closing
@@ -257,7 +257,7 @@ class ClientConnection(asyncio.Protocol):
 
     def start_stream(self, status: int, headers: bytes, first: bytes) -> None:
         """Head and first bytes of an answer of unknown length."""
-        if self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
         self._chunked_out = not self.http10
         if self.http10:
@@ -268,12 +268,12 @@ class ClientConnection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """More bytes of a stream."""
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():
             self.bytes_out += len(data)
             self.transport.write(chunk(data) if self._chunked_out else data)
 
     def end_stream(self) -> None:
-        if self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
         if self._chunked_out:
             self.transport.write(b"0\r\n\r\n")

@@ -80,6 +80,8 @@ class RetryState:
     migrations: int = 0
     lost_worker: bool = False
     """A worker that had accepted the request is gone: from now on only the deadline ends the search for another."""
+    missed_worker: bool = False
+    """One that was to get it was gone already: others may be full of what it had, so a full queue is waited for."""
     tried: set[str] = field(default_factory=set)
     """URLs of workers to avoid."""
 
@@ -89,6 +91,8 @@ class RetryState:
         self.tried.add(failure.url)
         if failure.kind == "lost":
             self.lost_worker = True
+        elif failure.kind == "connect":
+            self.missed_worker = True
 
 
 def backoff_s(count: int, config: RetryConfig, rng: Random) -> float:
@@ -104,7 +108,8 @@ def next_try_s(failure: Failure, state: RetryState, config: RetryConfig, rng: Ra
         return 0.0
     if not failure.can_retry or config.max_retries == 0:
         return None
-    if state.lost_worker and (failure.is_busy or failure.kind == "connect"):
+    waits_for_room = failure.is_busy and (state.lost_worker or state.missed_worker)
+    if waits_for_room or (failure.kind == "connect" and state.lost_worker):
         state.busy += 1
         return min(backoff_s(state.busy - 1, config, rng), MAX_BUSY_BACKOFF_S)
     if state.retries >= config.max_retries:

@@ -68,10 +68,12 @@ class Upstream(asyncio.Protocol):
     def send(self, head: bytes, body: bytes, listener: Listener) -> None:
         """Start an exchange; the connection must be idle."""
         assert self._listener is None
-        assert self.transport is not None
         self._listener = listener
         self._got_bytes = False
-        if len(body) < 65536:
+        if self.transport is None or self.transport.is_closing():  # the worker closed it since it was picked
+            self._reused = True
+            asyncio.get_running_loop().call_soon(self.connection_lost, None)
+        elif len(body) < 65536:
             self.transport.write(head + body)
         else:
             self.transport.write(head)
@@ -154,6 +156,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.discard(self)
+        self.transport = None
         listener, self._listener = self._listener, None
         if listener is not None:
             reason = str(exc) if exc else "connection closed before the end of the answer"
