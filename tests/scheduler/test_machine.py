@@ -4,8 +4,9 @@ end each request has one finish, and whoever finished has exactly the tokens tha
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.fakes.paged_runner import oracle
 from tests.scheduler.machine import Ledger, Pair, Worker, submit
 
@@ -215,6 +216,13 @@ class PairMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestScheduler.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestPair = PairMachine.TestCase
-TestPair.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPair.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("machine", [SchedulerMachine, PairMachine])
+def test_long(machine: type[RuleBasedStateMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=1000, stateful_step_count=50, deadline=None))

@@ -116,18 +116,21 @@ class Admission:
         """Append what is admitted to `chunks`; returns how many did not fit."""
         admitted: list[Request] = []
         misfits = 0
+        may_pass = MAX_BYPASSED
         for req in self._waiting.in_policy_order():
-            if budget.slots <= 0 or budget.input <= 0 or budget.chunk == 0:
+            if budget.slots <= 0 or budget.input <= 0 or budget.chunk == 0 or may_pass <= 0:
                 break
             chunk = self._try(req, budget, is_first=not chunks, is_alone=is_alone and not chunks)
             if chunk is None:
                 misfits += 1
-                if misfits >= MAX_MISFITS or req.num_bypassed >= MAX_BYPASSED:
+                may_pass = min(may_pass, MAX_BYPASSED - req.num_bypassed)
+                if misfits >= MAX_MISFITS:
                     break
                 continue
             chunks.append(chunk)
             admitted.append(req)
             budget.slots -= 1
+            may_pass -= misfits > 0
             if not chunk.is_last:
                 break
         self._waiting.take(admitted)

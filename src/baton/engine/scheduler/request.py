@@ -90,7 +90,7 @@ class Request:
     queue_time_s: float | None = None
     num_retractions: int = 0
     num_bypassed: int = 0
-    """Admission rounds in which a later arrival went first."""
+    """Later arrivals that were admitted before it."""
     input_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Collected chunk by chunk, sent with the first output."""
     input_logprobs_sent: bool = False

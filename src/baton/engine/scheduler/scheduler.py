@@ -257,7 +257,8 @@ class Scheduler:
         """Decode mode: the received join the decode batch, and others are let in to receive. While a retracted request
         waits, nobody is let in before it."""
         at = self._at
-        while at.ready and len(at.decode) + (at.chunked is not None) < self.config.max_running_requests:
+        # A partly computed prompt does not count: it may itself wait for the pages that the received ones hold.
+        while at.ready and len(at.decode) < self.config.max_running_requests:
             at.run(at.ready.popleft())
         if not at.prealloc.queue or at.waiting or at.chunked is not None:
             return

@@ -4,7 +4,7 @@ Owns the queue; whether a request fits is `admission`'s question. The queue itse
 retracted request goes back to its old place.
 """
 
-from bisect import insort
+from bisect import bisect, insort
 from collections.abc import Callable, Iterable, Iterator
 from random import Random
 
@@ -16,8 +16,8 @@ LPM_MAX_QUEUE = 128
 """A longer queue is taken first come, first served: matching all of it each step would cost too much (SGLang's bound)."""
 IN_BATCH_PREFIX_TOKENS = 32
 """A request whose first tokens are those of one ahead of it, and not cached yet, waits for that one to fill the cache."""
-MAX_BYPASSED = 16
-"""A request that later arrivals overtook so often goes first, and nothing overtakes it again."""
+MAX_BYPASSED = 64
+"""A request that so many later arrivals overtook goes first, and nothing overtakes it again."""
 
 
 def _by_arrival(req: Request) -> int:
@@ -45,15 +45,15 @@ class WaitingQueue:
 
     def take(self, admitted: Iterable[Request]) -> None:
         """Remove the admitted ones; whoever is left and came before one of them was bypassed."""
-        taken = {req.arrival_idx for req in admitted}
+        taken = sorted(req.arrival_idx for req in admitted)
         if not taken:
             return
-        last = max(taken)
-        self._requests = [req for req in self._requests if req.arrival_idx not in taken]
+        gone = set(taken)
+        self._requests = [req for req in self._requests if req.arrival_idx not in gone]
         for req in self._requests:
-            if req.arrival_idx > last:
+            if req.arrival_idx > taken[-1]:
                 break
-            req.num_bypassed += 1
+            req.num_bypassed += len(taken) - bisect(taken, req.arrival_idx)
 
     def in_policy_order(self) -> list[Request]:
         """All that wait, first to be admitted first. Starved requests come before the policy's own order, except that
