@@ -189,9 +189,12 @@ class DecodeSession:
             return None
 
     def _notify(self, state: DecodeRoom) -> None:
+        self._send(Notice(state.transfer_id, state.room, state.first_page_idx, len(state.page_ids)))
         if state.failure is None:
-            self._send(Notice(state.transfer_id, state.room, state.first_page_idx, len(state.page_ids)))
             self._rooms.noticed(state)
+        else:
+            # Given up while we were connecting: the prefill must not wait for a decode side that will never come.
+            self._send(Cancel(state.transfer_id, state.failure.message))
 
     def _send(self, frame: Frame) -> None:
         if self._wire is not None:

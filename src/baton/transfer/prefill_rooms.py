@@ -75,7 +75,8 @@ class SendJob:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """A remembered room: a notice (or, if `by_peer`, a request) that comes too late is answered at once."""
+    """A room that ended before its other half came. That half, a notice or (if `by_peer`) a request, is answered at once
+    and with that the room is forgotten; a second use of the number is a new room."""
 
     error: ErrorInfo
     by_peer: bool
@@ -178,7 +179,8 @@ class PrefillRooms:
             peer.cancel(transfer_id, f"bootstrap_room {room} is in use by another request")
             return
         if state is None:
-            if (ended := self._ended.get(room)) is not None:
+            ended = self._ended.pop(room, None)
+            if ended is not None and not ended.by_peer:
                 peer.cancel(transfer_id, ended.error.message)
                 return
             if sum(not known.expected for known in self._rooms.values()) >= self._config.max_pending_rooms:
@@ -271,7 +273,8 @@ class PrefillRooms:
             self.stats = self.stats.succeeded(state.num_bytes, duration_s, max(0.0, state.noticed_s - state.created_s))
             self._end(state, Sent(state.room, state.num_bytes, duration_s))
         elif state.failure is not None and not state.awaits_cancelled:
-            self._remember(state, state.failure)
+            if state.peer is None or not state.expected:
+                self._remember(state, state.failure)
             if state.expected:
                 self.stats = self.stats.failed()
             self._end(state, Failed(state.room, state.failure))
