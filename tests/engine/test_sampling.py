@@ -359,3 +359,18 @@ def test_broken_and_extreme_logits_still_give_a_token_of_the_vocabulary(fill: fl
 
 def test_blocking_every_token_ends_in_some_token() -> None:
     assert 0 <= SAMPLER.sample(torch.zeros(1, 4), [row(blocked_ids=(0, 1, 2, 3))])[0][0] < 4
+
+
+# Other devices
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    logits = random_logits((4, 49_152))
+    rows = [
+        row(temperature=0.0),
+        row(temperature=0.7, top_p=0.9, seed=5, **LOGPROBS),
+        row(temperature=0.0, repetition_penalty=1.2, output_ids=[int(logits[2].argmax())]),
+        row(top_k=40, seed=9),
+    ]
+    assert SAMPLER.sample(logits.cuda(), rows) == SAMPLER.sample(logits, rows)

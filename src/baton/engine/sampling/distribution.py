@@ -57,10 +57,8 @@ class Distribution:
         """The token at `uniform` in [0, 1) of the filtered distribution, in order of token ids."""
         kept = kept_tokens(self.weights, self.total, sampling)
         if kept is None:
-            return _inverse_cdf(self._padded, self._block_sums, uniform)
-        padded = np.zeros_like(self._padded)
-        padded[kept] = self._padded[kept]
-        return _inverse_cdf(padded, _block_sums(padded), uniform)
+            return _blockwise_inverse_cdf(self._padded, self._block_sums, uniform)
+        return int(kept[_inverse_cdf(self.weights[kept], uniform)])
 
 
 def kept_tokens(weights: NDArray[np.float32], total: float, sampling: SamplingParams) -> NDArray[np.int64] | None:
@@ -88,8 +86,11 @@ def kept_tokens(weights: NDArray[np.float32], total: float, sampling: SamplingPa
         num_kept = min(num_kept, int(np.searchsorted(mass, top_p * total, side="left")) + 1)
     cut = descending[num_kept - 1]
     values = weights[candidates]
-    above, level = candidates[values > cut], candidates[values == cut]
-    return np.sort(np.concatenate([above, level[: num_kept - len(above)]]))
+    stays = values > cut
+    level = np.flatnonzero(values == cut)
+    stays[level[: num_kept - int(np.count_nonzero(stays))]] = True
+    kept: NDArray[np.int64] = candidates[stays]
+    return kept
 
 
 def top_ids(values: NDArray[np.float32], num: int) -> NDArray[np.int64]:
@@ -116,15 +117,22 @@ def _block_sums(padded: NDArray[np.float32]) -> NDArray[np.float32]:
     return sums
 
 
-def _inverse_cdf(padded: NDArray[np.float32], block_sums: NDArray[np.float32], uniform: float) -> int:
-    """First token whose cumulated weight exceeds `uniform` times the sum. Never a token of weight 0."""
+def _blockwise_inverse_cdf(padded: NDArray[np.float32], block_sums: NDArray[np.float32], uniform: float) -> int:
+    """`_inverse_cdf` of a long row: find the block, then the token in it."""
     cdf = np.cumsum(block_sums, dtype=np.float64)
     target = uniform * cdf[-1]
-    block = int(np.searchsorted(cdf, target, side="right"))
-    if block == len(cdf):  # the product was rounded up to the whole sum
-        block = int(np.flatnonzero(block_sums)[-1])
-    inside = padded[block * _BLOCK : (block + 1) * _BLOCK]
-    before = float(cdf[block - 1]) if block else 0.0
-    offset = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target - before, side="right"))
-    # A block's float32 sum may lie a rounding above the sum of its tokens; then the draw is its last one.
-    return block * _BLOCK + (offset if offset < _BLOCK else int(np.flatnonzero(inside)[-1]))
+    block = _first_above(cdf, target)
+    inside = np.cumsum(padded[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    return block * _BLOCK + _first_above(inside, target - (cdf[block - 1] if block else 0.0))
+
+
+def _inverse_cdf(weights: NDArray[np.float32], uniform: float) -> int:
+    """Index of the first weight at which the cumulated weight exceeds `uniform` times the sum."""
+    cdf = np.cumsum(weights, dtype=np.float64)
+    return _first_above(cdf, uniform * cdf[-1])
+
+
+def _first_above(cdf: NDArray[np.float64], target: float) -> int:
+    """First index whose value exceeds `target`, never one of weight 0. A target that rounding lifted to the last value
+    or above it (a block's float32 sum may lie a little above its tokens' sum) gives the last index of any weight."""
+    return int(min(np.searchsorted(cdf, target, side="right"), np.searchsorted(cdf, cdf[-1], side="left")))
