@@ -71,6 +71,7 @@ class FakeRank:
     paused: threading.Event = field(default_factory=threading.Event)
     _running: dict[str, _Running] = field(default_factory=dict)
     _is_stopping: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
         self._channel = RankChannel(self.address)
@@ -89,7 +90,8 @@ class FakeRank:
         self._channel.wake()
 
     def give(self, steps: int) -> None:
-        self.credits = (self.credits or 0) + steps
+        with self._lock:
+            self.credits = (self.credits or 0) + steps
         self._channel.wake()
 
     def received_of(self, kind: type) -> list[ToRank]:
@@ -97,16 +99,19 @@ class FakeRank:
 
     def _loop(self) -> None:
         while not self._is_stopping:
-            is_blocked = self.paused.is_set() or self.is_hung or self.credits == 0
-            is_idle = not self._running or is_blocked
+            is_idle = not self._running or self._is_blocked()
             for message in self._channel.receive(None if is_idle else 0.0):
                 self.received.append(message)
                 if not self.is_hung:
                     self._handle(message)
-            if self._running and not is_blocked:
-                if self.credits is not None:
-                    self.credits -= 1
+            if self._running and not self._is_blocked():
+                with self._lock:
+                    if self.credits is not None:
+                        self.credits -= 1
                 self._step()
+
+    def _is_blocked(self) -> bool:
+        return self.paused.is_set() or self.is_hung or self.credits == 0
 
     def _handle(self, message: ToRank) -> None:
         match message:
