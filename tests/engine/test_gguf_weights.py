@@ -205,6 +205,11 @@ def test_a_directory_with_one_gguf_file_is_that_model(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", hf_model("qwen3"))
     assert load(tmp_path).keys() == load(path).keys()
     assert load_config(tmp_path) == load_config(path)
+    (tmp_path / "config.json").write_text("{}")
+    assert load_config(tmp_path) == load_config(path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "config.json: missing field architectures" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     write_gguf(tmp_path / "n.gguf", hf_model("qwen3"))
     assert "several GGUF files; name one of them: m.gguf, n.gguf" in refusal(tmp_path)
 

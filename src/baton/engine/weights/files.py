@@ -27,9 +27,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that is alone in the directory `path` and no `config.json` beside it.
+    """The GGUF file that `path` is, or that is the only model in the directory `path`.
 
-    None: `path` is a directory in HF style. `ModelError` when there is nothing there, or a choice of GGUF files.
+    None: `path` is a directory in HF style (it has safetensors, or no GGUF file at all). `ModelError` when there is
+    nothing at `path`, or a choice of GGUF files.
     """
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -37,7 +38,7 @@ def find_gguf(path: Path) -> Path | None:
         return path
     if not path.is_dir():
         raise bad_model(path, "no such model directory or file.")
-    if (path / "config.json").is_file():
+    if (path / INDEX_NAME).is_file() or any(path.glob("*.safetensors")):
         return None
     found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
     if len(found) > 1:

@@ -48,7 +48,9 @@ def open_weights(
     if load_format == "safetensors" and gguf_path is not None:
         raise ModelError(f"{gguf_path}: --load-format safetensors was asked for, but this is a GGUF file.")
     if load_format == "gguf" and gguf_path is None:
-        raise ModelError(f"{path}: --load-format gguf was asked for, but there is no GGUF file without config.json.")
+        raise ModelError(
+            f"{path}: --load-format gguf was asked for, but this directory holds none, or safetensors too."
+        )
     if gguf_path is not None:
         return gguf_weights(gguf_path, config)
     return safetensors_weights(path, config)
