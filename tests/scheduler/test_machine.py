@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.fakes.paged_runner import oracle
-from tests.scheduler.machine import Ledger, Pair, Worker, submit
+from tests.scheduler.machine import Pair, Worker, submit
 
 from baton.protocol.rank import Submit
 
@@ -58,8 +58,9 @@ def in_pages(config: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "num_pages": config["pool_tokens"] // config["page_size"]}
 
 
-def check_request(request: Submit, ledger: Ledger, context_len: int) -> None:
+def check_request(request: Submit, worker: Worker) -> None:
     """What the client saw of one request, against the oracle."""
+    ledger, context_len = worker.ledger, worker.scheduler.config.context_len
     finish = ledger.finishes[request.rid]
     tokens = request.output_ids + ledger.tokens.get(request.rid, [])
     limit = context_len - len(request.input_ids)
@@ -71,6 +72,8 @@ def check_request(request: Submit, ledger: Ledger, context_len: int) -> None:
     assert tokens == expected[: len(tokens)], "a wrong token"
     if finish.type == "abort":
         assert finish.error is not None and finish.error.request_id == request.rid
+        if finish.error.type == "OutOfPagesError":
+            assert len(request.input_ids + tokens) == worker.cache.num_pages * worker.cache.page_size + 1
         return
     assert tokens == expected
     assert finish.type == ("stop" if expected and expected[-1] in stop_ids else "length")
@@ -128,7 +131,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.worker.scheduler.is_idle
         for request in self.sent:
             if self.worker.ledger.finishes[request.rid].matched != "END":
-                check_request(request, self.worker.ledger, self.worker.scheduler.config.context_len)
+                check_request(request, self.worker)
         assert self.worker.scheduler.flush_cache()
         assert self.worker.cache.num_free == self.worker.cache.num_pages
 
@@ -212,7 +215,7 @@ class PairMachine(RuleBasedStateMachine):
             assert worker.scheduler.flush_cache()
             assert worker.cache.num_free == worker.cache.num_pages
         for request in self.sent:
-            check_request(request, self.pair.decode.ledger, 60)
+            check_request(request, self.pair.decode)
 
 
 TestScheduler = SchedulerMachine.TestCase

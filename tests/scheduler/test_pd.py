@@ -297,6 +297,26 @@ def test_the_fake_bootstrap_host_is_served_without_a_peer() -> None:
         assert worker.ledger.finishes["warm-up"] == Finish("length")
 
 
+def test_the_last_running_request_makes_way_for_one_that_is_being_received_and_goes_first_afterwards() -> None:
+    worker = decode_worker(num_pages=6, page_size=2, num_reserved_decode_tokens=0, context_len=12)
+    start_receiving(worker, submit("runs", PROMPT[:2], 8, room=1))
+    worker.scheduler.on_transfer_event(received(1, oracle(PROMPT[:2], 1)[0]), worker.now)
+    worker.step()
+    worker.add(submit("comes", range(30, 36), 2, room=2))
+    worker.run()
+    (receiving,) = worker.scheduler.drain_actions()
+    assert isinstance(receiving, Receive)
+    assert worker.state_of("runs") == "waiting"
+    worker.add(submit("later", [40], 2, room=3))
+    worker.run()
+    assert worker.scheduler.drain_actions() == [], "nobody is let in before the one that was sent back"
+    put_kv(worker, submit("comes", range(30, 36)), receiving)
+    worker.scheduler.on_transfer_event(received(2, oracle(list(range(30, 36)), 1)[0]), worker.now)
+    worker.run()
+    assert worker.ledger.tokens["runs"] == oracle(PROMPT[:2], 8)
+    assert worker.ledger.finishes == {"runs": Finish("length"), "comes": Finish("length")}
+
+
 # -- both --------------------------------------------------------------------------------------------------------------
 
 

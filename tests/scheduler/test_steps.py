@@ -245,3 +245,40 @@ def test_the_expected_output_falls_with_steps_and_jumps_with_a_retraction() -> N
     assert ratio.value == pytest.approx((22 + 20 * 2) / 101)
     ratio.on_idle()
     assert ratio.value == pytest.approx(0.7)
+
+
+def test_a_retraction_leaves_room_for_more_than_the_next_step() -> None:
+    worker = Worker(num_pages=32, page_size=1, schedule_conservativeness=0.0)
+    for rid, prompt in (("a", [1]), ("b", [2, 3]), ("c", [4, 5, 6])):
+        worker.add(submit(rid, prompt, 25))
+    retractions = []
+    while worker.step():
+        retractions.append(worker.scheduler.state().num_retracted_total)
+    # The longest prompt goes; what it held is too little for 20 steps of the other two, so the second goes as well.
+    assert retractions[retractions.index(2) - 1] == 0
+    assert {rid: len(tokens) for rid, tokens in worker.ledger.tokens.items()} == {"a": 25, "b": 25, "c": 25}
+
+
+def test_requests_of_one_step_reserve_room_for_each_other() -> None:
+    worker = Worker(num_pages=8, page_size=4)
+    for rid in "ab":
+        worker.add(submit(rid, [ord(rid)], 20))
+    assert len(step_lens(worker)) == 1
+
+
+def test_steps_lower_the_expected_output_and_idling_restores_it() -> None:
+    worker = Worker()
+    worker.add(submit("a", [1], 12))
+    worker.step()
+    before = worker.scheduler.state().new_token_ratio
+    for _ in range(10):
+        worker.step()
+    assert worker.scheduler.state().new_token_ratio == pytest.approx(before - 10 * 0.7 * 0.86 / 600)
+    worker.run()
+    assert worker.scheduler.state().new_token_ratio == before == pytest.approx(0.7)
+
+
+def test_max_prefill_tokens_bounds_chunks_too() -> None:
+    worker = Worker(chunked_prefill_size=16, max_prefill_tokens=8)
+    worker.add(submit("a", range(20), 1))
+    assert [step_lens(worker) for _ in range(3)] == [[8], [8], [4]]
