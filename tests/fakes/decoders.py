@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tests.fakes.batches import PagedSequences, Query
 from transformers import PreTrainedModel
 
 from baton.engine.attention.torch_native import TorchAttention
@@ -14,7 +15,6 @@ from baton.engine.models.decoder_cpu import CpuDecoder
 from baton.engine.models.hf_config import config_from_dict
 from baton.engine.models.shard import Shard
 from baton.engine.models.spec import ModelConfig
-from tests.fakes.batches import PagedSequences, Query
 
 CPU = torch.device("cpu")
 
