@@ -16,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from baton.engine.errors import ModelError
 from baton.engine.models.config import RopeScaling, load_config
 from baton.engine.weights.fingerprint import model_fingerprint
+from baton.engine.weights.gguf_file import GgufFile, open_gguf
 from baton.engine.weights.loader import open_weights
 from baton.engine.weights.names import expected_tensors
 
@@ -159,11 +160,45 @@ def test_a_file_cut_short_is_named_at_every_length(tmp_path: Path) -> None:
     assert "magic" in refusal(path)
 
 
-def test_an_absurd_length_in_the_header_ends_at_once(tmp_path: Path) -> None:
-    model = hf_model("llama")
-    path = write_gguf(tmp_path / "m.gguf", model, metadata={"some.list": [1, 2, 3]})
+METADATA_OF_EVERY_KIND: dict[str, Any] = {
+    "some.texts": ["", "ä", "long " * 50, "x"],
+    "some.numbers": [1, -2, 3],
+    "some.fractions": [0.5, -1.25],
+    "some.truths": [True, False],
+    "some.text": "z\u00e9ro",
+}
+
+
+def test_metadata_is_what_the_packages_own_reader_gives(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", hf_model("llama"), metadata=METADATA_OF_EVERY_KIND)
+    file = open_gguf(path)
+    fields = gguf.GGUFReader(path).fields
+    assert METADATA_OF_EVERY_KIND.items() <= {key: file.get(key) for key in fields}.items()
+    for key, field in fields.items():
+        assert file.get(key) == field.contents(), key
+
+
+def test_files_of_the_other_byte_order_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", hf_model("llama"), endianess=gguf.GGUFEndian.BIG)
+    assert refusal(path).endswith("it was written for machines of the other byte order.")
+
+
+def test_metadata_cut_short_anywhere_is_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", hf_model("llama"), metadata=METADATA_OF_EVERY_KIND)
     whole = path.read_bytes()
-    at = whole.index(b"some.list") + len("some.list") + 8
+    end_of_metadata = whole.index(b"token_embd.weight")
+    for length in range(24, end_of_metadata, 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"is not a readable GGUF file: truncated"):
+            GgufFile(path)
+
+
+@pytest.mark.parametrize("key", ["some.texts", "some.numbers"])
+def test_an_absurd_length_in_the_header_ends_at_once(tmp_path: Path, key: str) -> None:
+    model = hf_model("llama")
+    path = write_gguf(tmp_path / "m.gguf", model, metadata=METADATA_OF_EVERY_KIND)
+    whole = path.read_bytes()
+    at = whole.index(key.encode()) + len(key) + 8
     path.write_bytes(whole[:at] + (2**62).to_bytes(8, "little") + whole[at + 8 :])
     assert refusal(path).startswith(f"{path}: is not a readable GGUF file: ")
 

@@ -57,11 +57,12 @@ def write_gguf(
     replaced: Mapping[str, NDArray[np.uint8]] | None = None,
     extra: Mapping[str, NDArray[Any]] | None = None,
     leave_out: str = "",
+    endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """Matrices as `kind`, vectors as F32. `replaced`: GGUF name -> raw blocks of `kind`, for kinds that the package
     cannot quantise to. `metadata` overrides: a None leaves the key out."""
     arch = model.config.model_type
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, endianess=endianess)
     for key, value in (_metadata(model) | dict(metadata or {})).items():
         _add(writer, key, value)
     quantisation = gguf.GGMLQuantizationType[kind]

@@ -4,7 +4,7 @@ Owns: bounds checks (a file cut short is an error that says so), typed access to
 Not here: what the metadata means (models.gguf_config), the tokenizer (gguf_tokenizer), tensor values (gguf_weights).
 """
 
-import logging
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,47 @@ import numpy.typing as npt
 
 from baton.engine.errors import ModelError, bad_model
 
-logger = logging.getLogger(__name__)
-
 
 class _Reader(gguf.GGUFReader):
-    """`GGUFReader` that never reads behind the end of the file (it would see short arrays and loop on them)."""
+    """`GGUFReader` that never reads behind the end of the file (it would see short arrays and loop on them), and that
+    reads an array at once (it keeps two numpy arrays for each element: seconds for a vocabulary)."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> Any:
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
             raise ValueError(f"truncated: byte {end} is needed but the file has {len(self.data)}.")
         return super()._get(int(offset), dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """(size in bytes, parts, indices of the value in parts, types); of an array the value is one list."""
+        if self.byte_order == "S":
+            raise ValueError("it was written for machines of the other byte order.")
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item_type = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        length = int(self._get(orig_offs + 4, np.uint64)[0])
+        start = orig_offs + 12
+        if item_type == gguf.GGUFValueType.STRING:
+            values, end = self._strings(start, length)
+        elif item_type in self.gguf_scalar_to_np:
+            items = self._get(start, self.gguf_scalar_to_np[item_type], length)
+            values, end = items.tolist(), start + items.nbytes
+        else:
+            raise ValueError(f"arrays of {item_type.name} are not supported.")
+        return end - orig_offs, [values], [0], [raw_type, item_type]
+
+    def _strings(self, start: int, length: int) -> tuple[list[str], int]:
+        """(strings, offset behind the last). Each is a 64-bit length and its bytes."""
+        data: memoryview = self.data.data
+        values = []
+        offset = start
+        for _ in range(length):
+            text_start = offset + 8
+            offset = text_start + int.from_bytes(data[offset:text_start], sys.byteorder)
+            if offset > len(data):
+                raise ValueError(f"truncated: byte {offset} is needed but the file has {len(data)}.")
+            values.append(str(data[text_start:offset], "utf-8"))
+        return values, offset
 
 
 class GgufFile:
@@ -50,6 +80,8 @@ class GgufFile:
         field = self._fields.get(key)
         if field is None:
             return default
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            return field.parts[field.data[0]]
         try:
             return field.contents()
         except (UnicodeDecodeError, IndexError) as error:
