@@ -58,6 +58,8 @@ def _writer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Soc
     socket.set(zmq.SNDHWM, 0)
     # What was sent last (a `Fatal`, an abort) still has a moment to leave when the process ends.
     socket.set(zmq.LINGER, 500)
+    # The reader binds when its process has started; look again soon, it is a matter of start-up time.
+    socket.set(zmq.RECONNECT_IVL, 10)
     socket.connect(address)
     return socket
 
