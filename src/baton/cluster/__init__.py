@@ -1,0 +1,1 @@
+"""The embedded cluster: an API server, a scheduler, a node agent, services and volumes on one machine."""
