@@ -1,5 +1,6 @@
 """Splicing of bodies and of event streams: pure functions of bytes."""
 
+import itertools
 import json
 
 import pytest
@@ -95,7 +96,7 @@ CLEAN = b"".join(event.partition(b"\n")[2] if event.startswith(b":") else event 
 def test_whole_events_come_out_however_the_bytes_come_in(cuts):
     data, relay, out = b"".join(STREAM), StreamRelay(), b""
     edges = [0, *sorted(cuts), len(data)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         new = relay.feed(data[start:stop])
         assert new == b"" or new.endswith(b"\n\n")
         out += new

@@ -87,9 +87,10 @@ class PrefillSide(Side):
                 attempt.flush_merge()
             else:
                 self.body.append(data)
-        elif data.startswith(b'data: {"error"') and not attempt.decode_began:
-            failure = self.failure("event", f"prefill worker {self.worker.url} failed", data)
-            failure.info = StreamError(data.partition(b"\n\n")[0]).info
+        elif not attempt.decode_began and (at := data.find(b'data: {"error"')) >= 0 and data[max(at - 1, 0)] in b"d\n":
+            error = StreamError(data[at:].partition(b"\n\n")[0] + b"\n\n")
+            failure = self.failure("event", f"prefill worker {self.worker.url} failed", error.event)
+            failure.info = error.info
             attempt.settle(failure)
 
     def on_end(self) -> None:

@@ -91,7 +91,7 @@ class Core:
             return
         if blamed:
             worker.breaker.on_failure(self.loop.time())
-        if failure.kind == "lost":
+        if failure.kind in ("lost", "stale"):
             self.wake(worker)
 
     def on_exchange_end(self, exchange: "Exchange", request: "Request", status: int, streamed: bool) -> None:

@@ -173,6 +173,9 @@ class ClientConnection(asyncio.Protocol):
         length = headers.get(b"content-length")
         if length is not None and int(length) > self._app.limits.max_payload_bytes:
             raise self._size_error()
+        if b"upgrade" in headers and (length is not None or b"transfer-encoding" in headers):
+            # The parser would take the body for the other protocol; without a body the wish is simply not granted.
+            raise router_error(400, "Protocol upgrades are not supported; send the request without the Upgrade header.")
         if b"expect" in headers:
             if headers[b"expect"].lower() != b"100-continue":
                 raise router_error(417, "The only expectation supported is 100-continue.")

@@ -59,6 +59,8 @@ class StreamMerger:
 
 
 def _chunk(event: bytes) -> dict[str, Any] | None:
+    if event.startswith(b":"):  # comments: token ids of our workers
+        event = event[event.rfind(b"\n") + 1 :]
     if not event.startswith(b"data: {"):
         return None
     try:

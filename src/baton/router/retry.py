@@ -89,7 +89,8 @@ class RetryState:
         if failure.kind == "stale":
             return
         self.tried.add(failure.url)
-        if failure.kind == "lost":
+        if failure.kind == "lost" or (failure.kind == "connect" and self.stale):
+            # A connection that closed under the request, and then nobody there: the worker may well have had it.
             self.lost_worker = True
         elif failure.kind == "connect":
             self.missed_worker = True
