@@ -121,19 +121,21 @@ def test_a_mute_prefill_loses_its_rooms(bootstrap_port: int) -> None:
 
 def test_a_decode_side_that_does_not_answer_a_cancel_loses_its_session(bootstrap_port: int) -> None:
     clock = ManualClock()
-    with open_pair("tcp", bootstrap_port, clock=clock, heartbeat_interval_s=50.0, heartbeat_max_failure=1) as pair:
-        with RawPeer.as_decode(pair.prefill.transfer.address) as raw:
-            raw.send(Notice(1, 5, 0, 1))
-            pair.prefill.transfer.expect(5, 1000.0)
-            pair.prefill.wait(5, Bootstrapped)
-            pair.prefill.transfer.abort(5, "stop")
-            assert raw.read() == Cancel(1, "stop")
-            pair.prefill.nothing_more()  # It may still be reading our pages.
-            for _ in range(4):
-                raw.sock.sendall(encode(Ack(999)))  # Alive, but deaf.
-                clock.advance(20.0)
-            assert pair.prefill.wait(5, Failed).error.message == "stop"
-            assert raw.closed_by_peer()
+    with (
+        open_pair("tcp", bootstrap_port, clock=clock, heartbeat_interval_s=50.0, heartbeat_max_failure=1) as pair,
+        RawPeer.as_decode(pair.prefill.transfer.address) as raw,
+    ):
+        raw.send(Notice(1, 5, 0, 1))
+        pair.prefill.transfer.expect(5, 1000.0)
+        pair.prefill.wait(5, Bootstrapped)
+        pair.prefill.transfer.abort(5, "stop")
+        assert raw.read() == Cancel(1, "stop")
+        pair.prefill.nothing_more()  # It may still be reading our pages.
+        for _ in range(4):
+            raw.sock.sendall(encode(Ack(999)))  # Alive, but deaf.
+            clock.advance(20.0)
+        assert pair.prefill.wait(5, Failed).error.message == "stop"
+        assert raw.closed_by_peer()
 
 
 def test_a_silent_stranger_is_dropped(bootstrap_port: int) -> None:
@@ -152,27 +154,29 @@ def test_a_silent_stranger_is_dropped(bootstrap_port: int) -> None:
 
 def test_a_cancelled_stream_stops_in_the_middle_and_stays_in_step(bootstrap_port: int) -> None:
     page_bytes, num_pages = 1 << 20, 128
-    with open_pair("tcp", bootstrap_port, num_pages=num_pages, page_bytes=page_bytes) as pair:
-        with RawPeer.as_decode(pair.prefill.transfer.address, page_bytes) as raw:
-            raw.send(Notice(1, 5, 0, num_pages))
-            pair.prefill.transfer.expect(5, 60.0)
-            pair.prefill.wait(5, Bootstrapped)
-            pair.prefill.transfer.send(5, 0, range(num_pages), FIRST_TOKEN)
-            assert isinstance(raw.read(), Page)
-            raw.send(Cancel(1, "enough"), Notice(2, 6, 0, 0))
-            pair.prefill.transfer.expect(6, 60.0)
-            num_read = 1
-            pair.prefill.wait(6, Bootstrapped)
-            pair.prefill.transfer.send(6, 0, [], FIRST_TOKEN)
-            while isinstance(frame := raw.read(), Page):
-                num_read += 1
-            # What the kernel had taken still comes, whole pages only, and then the next room's word.
-            assert frame == Last(2, 0, FIRST_TOKEN)
-            assert num_read < num_pages
-            assert "enough" in pair.prefill.wait(5, Failed).error.message
-            raw.send(Ack(2))
-            pair.prefill.wait(6, Sent)
-            pair.assert_no_room_left()
+    with (
+        open_pair("tcp", bootstrap_port, num_pages=num_pages, page_bytes=page_bytes) as pair,
+        RawPeer.as_decode(pair.prefill.transfer.address, page_bytes) as raw,
+    ):
+        raw.send(Notice(1, 5, 0, num_pages))
+        pair.prefill.transfer.expect(5, 60.0)
+        pair.prefill.wait(5, Bootstrapped)
+        pair.prefill.transfer.send(5, 0, range(num_pages), FIRST_TOKEN)
+        assert isinstance(raw.read(), Page)
+        raw.send(Cancel(1, "enough"), Notice(2, 6, 0, 0))
+        pair.prefill.transfer.expect(6, 60.0)
+        num_read = 1
+        pair.prefill.wait(6, Bootstrapped)
+        pair.prefill.transfer.send(6, 0, [], FIRST_TOKEN)
+        while isinstance(frame := raw.read(), Page):
+            num_read += 1
+        # What the kernel had taken still comes, whole pages only, and then the next room's word.
+        assert frame == Last(2, 0, FIRST_TOKEN)
+        assert num_read < num_pages
+        assert "enough" in pair.prefill.wait(5, Failed).error.message
+        raw.send(Ack(2))
+        pair.prefill.wait(6, Sent)
+        pair.assert_no_room_left()
 
 
 # Broken peers
@@ -273,13 +277,15 @@ def test_another_layout_is_refused_by_its_field(bootstrap_port: int, backend: st
 
 
 def test_another_protocol_version_is_refused(bootstrap_port: int) -> None:
-    with open_pair("tcp", bootstrap_port) as pair:
-        with RawPeer(socket.create_connection(pair.prefill.transfer.address)) as raw:
-            raw.send(Hello(99, "raw", page_layout()))
-            refusal = raw.read()
-            assert isinstance(refusal, Refuse)
-            assert refusal.field == "version"
-            assert raw.closed_by_peer()
+    with (
+        open_pair("tcp", bootstrap_port) as pair,
+        RawPeer(socket.create_connection(pair.prefill.transfer.address)) as raw,
+    ):
+        raw.send(Hello(99, "raw", page_layout()))
+        refusal = raw.read()
+        assert isinstance(refusal, Refuse)
+        assert refusal.field == "version"
+        assert raw.closed_by_peer()
 
 
 def unreachable_bootstrap(port: int) -> int:
