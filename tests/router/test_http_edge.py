@@ -1,6 +1,7 @@
 """The client's side of HTTP/1.1: limits, bad input, framing, keep-alive, pipelining, HTTP/1.0."""
 
 import json
+import socket
 
 import pytest
 from tests.fakes.fake_worker import expected_text
@@ -199,15 +200,19 @@ async def test_a_slow_reader_holds_the_worker_back():
     async with bed() as b:
         client = await connect(b.router.port)
         assert client.transport is not None
+        client.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.transport.pause_reading()
-        client.send(
-            http_request("/generate", {"text": "p", "stream": True, "sampling_params": {"max_new_tokens": 600}})
-        )
+        await eventually(lambda: b.router.connections)
+        (connection,) = b.router.connections
+        assert connection.transport is not None
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.transport.set_write_buffer_limits(4096)
+        client.send(http_request("/generate", {"text": "p", "stream": True, "sampling_params": {"max_new_tokens": 300}}))
         await eventually(lambda: b.router.core.exchanges)
         (exchange,) = b.router.core.exchanges
         await eventually(lambda: exchange._attempt is not None and exchange._attempt.decode.connection._paused)
         client.transport.resume_reading()
         reply = await client.reply()
-        assert len(reply.events) == 601
+        assert len(reply.events) == 301
         client.send(http_request("/v1/completions", BODY))
         assert (await client.reply()).status == 200, "the worker's connection reads again"
