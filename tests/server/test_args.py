@@ -25,8 +25,8 @@ def test_manifests_commands_are_understood() -> None:
     args = engine_args(SEED_PREFILL.split())
     assert (args.tp_size, args.port, args.host, args.disaggregation_bootstrap_port) == (2, 8000, "10.1.2.3", 34000)
     assert (args.disaggregation_mode, args.enable_metrics, args.name) == ("prefill", True, "/models/Qwen3-32B/")
-    args = engine_args(SEED_MULTI_NODE.split())
-    assert (args.nnodes, args.node_rank, args.dist_init_addr) == (2, 1, "h:6379")
+    # Several nodes are refused by name until they are served; everything else of such a command is understood.
+    assert problems(SEED_MULTI_NODE) == ["--nnodes 2: a worker is one rank so far, on one node"]
 
 
 def test_defaults_are_sglangs() -> None:
@@ -70,7 +70,7 @@ def test_every_error_is_reported_at_once() -> None:
     )
     assert [line for line in found if "unknown flag --modl-pth; nearest known: --model-path" in line]
     for part in (
-        "--port needs a whole number, got 'many'", "--schedule-policy must be one of lpm, fcfs; got 'best'",
+        "--port needs a whole number, got 'many'", "--schedule-policy must be one of fcfs, lpm, random, lof; got 'best'",
         "--quantization fp8: ", "--page-size must be at least 1", "unexpected argument 'stray'",
         "--enable-metrics takes no value, got '7'", "--host needs a value", "--model-path is required",
     ):  # fmt: skip
@@ -85,7 +85,7 @@ def test_an_ambiguous_prefix_lists_the_candidates() -> None:
 @pytest.mark.parametrize(
     "flags",
     ["--quantization fp8", "--kv-cache-dtype fp8_e5m2", "--lora-paths a=b", "--json-model-override-args {}x",
-     "--dp 2", "--config f.yaml", "--node-rank 1", "--nnodes 2", "--chunked-prefill-size 0", "--is-embedding"],
+     "--dp 2", "--config f.yaml", "--node-rank 1", "--pp 2", "--chunked-prefill-size 0", "--is-embedding"],
 )  # fmt: skip
 def test_flags_that_would_change_answers_are_refused_by_name(flags: str) -> None:
     [line] = problems(f"--model m {flags}")
@@ -115,7 +115,7 @@ def test_flags_without_effect_are_named_with_the_reason_once() -> None:
                  "--tp-size 2", "--max-queued-requests"):  # fmt: skip
         assert len([note for note in notes if note.startswith(name)]) == 1, name
     on_gpu = start_notes(engine_args(command.split()), "cuda")
-    assert not [note for note in on_gpu if note.startswith(("--mem-fraction-static", "--tp-size"))]
+    assert not [note for note in on_gpu if note.startswith("--mem-fraction-static")]
 
 
 def test_every_flag_without_effect_has_a_reason() -> None:

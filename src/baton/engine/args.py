@@ -72,21 +72,21 @@ class EngineArgs:
     # Scheduling and memory.
     mem_fraction_static: float | None = flag(None, "share of device memory for weights and KV", kind=float, effect="gpu only", reason="on a CPU the KV pool is sized by --max-total-tokens or the machine's free memory")
     max_running_requests: int | None = flag(None, "requests in one decode batch; none: as many as fit", kind=int, minimum=1)
-    max_queued_requests: int | None = flag(None, "requests that may wait; more are answered 503; none: no bound; ignored with prefill-decode disaggregation", kind=int, minimum=0)
+    max_queued_requests: int | None = flag(None, "requests that may wait; more are answered 503; none: no bound; ignored with prefill-decode disaggregation", kind=int, minimum=1)
     max_total_tokens: int | None = flag(None, "KV pool size in tokens", kind=int, minimum=1)
     chunked_prefill_size: int | None = flag(None, "tokens of one prefill step; -1: no chunking; none: 2048 on a CPU, 4096 on a GPU", kind=int, minimum=-1)
     max_prefill_tokens: int = flag(16384, "prompt tokens of one batch", minimum=1)
-    schedule_policy: str = flag("fcfs", "order of waiting requests", choices=("lpm", "fcfs"))
-    enable_priority_scheduling: bool = flag(False, "higher `priority` first", effect="not served", reason="requests run in --schedule-policy order")
-    schedule_low_priority_values_first: bool = flag(False, "lower `priority` first", effect="not served", reason="requests run in --schedule-policy order")
-    priority_scheduling_preemption_threshold: int = flag(10, "preemption by priority", effect="not served", reason="requests run in --schedule-policy order")
+    schedule_policy: Literal["fcfs", "lpm", "random", "lof"] = flag("fcfs", "order of waiting requests (SGLang's dfs-weight and priority are not served; for priorities see --enable-priority-scheduling)", choices=("fcfs", "lpm", "random", "lof"))
+    enable_priority_scheduling: bool = flag(False, "higher `priority` first; a running request is never preempted")
+    schedule_low_priority_values_first: bool = flag(False, "lower `priority` first")
+    priority_scheduling_preemption_threshold: int = flag(10, "preemption by priority", effect="not served", reason="a running request is never preempted for another")
     schedule_conservativeness: float = flag(1.0, "above 1: fewer requests at once, fewer retractions", minimum=0.0)
     page_size: int | None = flag(None, "tokens of one KV page; none: the attention backend's (16 on a CPU)", kind=int, minimum=1)
-    radix_eviction_policy: str = flag("lru", "which cached pages go first", choices=("lru",))
+    radix_eviction_policy: Literal["lru", "lfu"] = flag("lru", "which cached pages go first", choices=("lru", "lfu"))
     disable_radix_cache: bool = flag(False, "no prefix cache")
     device: str | None = flag(None, "cpu or cuda; none: cuda if there is one", choices=("cpu", "cuda"))
     num_continuous_decode_steps: int = flag(1, "decode steps between two schedules", minimum=1, effect="not served", reason="the schedule is made anew for every step")
-    enable_mixed_chunk: bool = flag(False, "prefill chunks and decode in one batch", effect="not served", reason="the scheduler decides")
+    enable_mixed_chunk: bool = flag(False, "prefill chunks and decode in one step")
     disable_overlap_schedule: bool = flag(False, "schedule and compute in turn", effect="no effect", reason="they take turns anyway")
     random_seed: int | None = flag(None, "seed of requests that bring none", kind=int)
     watchdog_timeout: float = flag(300.0, "seconds without an answer after which the model process counts as hung", minimum=1)
@@ -97,14 +97,14 @@ class EngineArgs:
     dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
     ep_size: int = flag(1, "expert-parallel ranks", aliases=("--ep", "--expert-parallel-size"), minimum=1, effect="no effect", reason=_SINGLE)
     load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_SINGLE)
-    dist_init_addr: str | None = flag(None, "host:port where several nodes meet", aliases=("--nccl-init-addr",))
-    nnodes: int = flag(1, "nodes of this worker", minimum=1)
+    dist_init_addr: str | None = flag(None, "host:port where several nodes meet", aliases=("--nccl-init-addr",), effect="no effect", reason=f"{_SINGLE}, on one node")
+    nnodes: int = flag(1, "nodes of this worker", minimum=1, effect="refused", reason=f"{_SINGLE}, on one node", accepts=("1",))
     node_rank: int = flag(0, "this node's number", minimum=0)
-    base_gpu_id: int = flag(0, "first GPU", minimum=0, effect="gpu only", reason="there is no GPU to choose")
-    gpu_id_step: int = flag(1, "GPUs between two ranks", minimum=1, effect="gpu only", reason="there is no GPU to choose")
+    base_gpu_id: int = flag(0, "first GPU", minimum=0, effect="not served", reason="the current CUDA device is used; choose it with CUDA_VISIBLE_DEVICES")
+    gpu_id_step: int = flag(1, "GPUs between two ranks", minimum=1, effect="no effect", reason=_SINGLE)
 
     # Kernels.
-    attention_backend: str | None = flag(None, "attention kernels; none: the device's", effect="not served", reason=_KERNELS, accepts=("torch_native", "torch"))
+    attention_backend: str | None = flag(None, "attention kernels: torch_native or cpu; none: the device's best", effect="not served", reason=_KERNELS, accepts=("torch_native", "cpu", "auto"))
     sampling_backend: str | None = flag(None, "sampling kernels", effect="no effect", reason=_KERNELS)
     disable_cuda_graph: bool = flag(False, "launch kernels one by one", effect="no effect", reason="CUDA graphs are not used yet")
     cuda_graph_max_bs: int | None = flag(None, "largest batch in a CUDA graph", kind=int, effect="no effect", reason="CUDA graphs are not used yet")
@@ -136,7 +136,7 @@ class EngineArgs:
     log_requests_level: int = flag(2, "0: ids and counts; 1: and sampling; 2: and cut-off text; 3: and all text", minimum=0)
     show_time_cost: bool = flag(False, "log time costs", effect="no effect", reason="--log-requests shows times")
     enable_metrics: bool = flag(False, "serve /metrics")
-    decode_log_interval: int = flag(40, "decode steps between two log lines", minimum=1)
+    decode_log_interval: int = flag(40, "decode steps between two log lines", minimum=1, effect="no effect", reason="no line is logged per step; see /metrics")
     enable_request_time_stats_logging: bool = flag(False, "log the times of every request", effect="no effect", reason="--log-requests shows times")
     bucket_time_to_first_token: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
     bucket_inter_token_latency: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
@@ -148,7 +148,7 @@ class EngineArgs:
 
     # Prefill and decode on separate workers.
     disaggregation_mode: Literal["null", "prefill", "decode"] = flag("null", "this worker's part", choices=("null", "prefill", "decode"))
-    disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "fake"), effect="not served", reason="pages travel through shared memory on one host and TCP between hosts", accepts=("fake",))
+    disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel: shared memory on one host and TCP between hosts, whichever of SGLang's names is given; tcp: never shared memory; fake: not at all", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "auto", "tcp", "fake"))
     disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0)
     disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
     disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
@@ -172,6 +172,12 @@ class EngineArgs:
     # fmt: on
 
     @property
+    def own_attention_backend(self) -> Literal["auto", "cpu", "torch_native"]:
+        """--attention-backend where it names one of ours; SGLang's other names mean "choose"."""
+        given = self.attention_backend
+        return given if given in ("cpu", "torch_native") else "auto"  # type: ignore[return-value]
+
+    @property
     def name(self) -> str:
         """What the OpenAI routes call the model."""
         return self.served_model_name or self.model_path
@@ -189,8 +195,6 @@ def _refusals(args: EngineArgs) -> list[str]:
             problems.append(f"{option(field)} {getattr(args, field)}: {one.reason}")
     if args.node_rank >= args.nnodes:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
-    if args.nnodes > 1 and args.dist_init_addr is None:
-        problems.append("--dist-init-addr is required with --nnodes above 1")
     if args.chunked_prefill_size == 0:
         problems.append("--chunked-prefill-size must be -1 (no chunking) or at least 1, got 0")
     if args.disaggregation_mode == "decode":
@@ -225,8 +229,9 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
         if not silent and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
             verb = "is not served" if one.effect == "not served" else "has no effect"
             notes.append(f"{option(field)} {verb}: {one.reason}")
-    if args.tp_size > 1 and args.nnodes == 1 and device == "cpu":
-        notes.append(f"--tp-size {args.tp_size} has no effect: a rank is a whole CPU, so one CPU host is one rank")
+    if args.tp_size > 1:
+        reason = "a rank is a whole CPU, so one CPU host is one rank" if device == "cpu" else _SINGLE
+        notes.append(f"--tp-size {args.tp_size} has no effect: {reason}")
     if args.max_queued_requests is not None and args.disaggregation_mode != "null":
         notes.append(
             "--max-queued-requests has no effect: with prefill-decode disaggregation the router bounds requests"
