@@ -100,6 +100,8 @@ def test_the_config_names_tokens_and_template(path: Path) -> None:
         ({"merges": None}, "missing metadata key tokenizer.ggml.merges"),
         ({"merges": ["no such"]}, "tokenizer.ggml.merges"),
         ({"token_type": [1, 3]}, "tokenizer.ggml.token_type has another length"),
+        ({"tokens": "abc"}, "tokenizer.ggml.tokens must be of type list, got 'abc'"),
+        ({"pre": 5}, "tokenizer.ggml.pre must be of type str, got 5"),
         ({"bos_token_id": 9999}, "tokenizer.ggml.bos_token_id: 9999 is not a token"),
     ],
 )

@@ -215,6 +215,11 @@ def test_an_absurd_length_in_the_header_ends_at_once(tmp_path: Path, key: str) -
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.attention.sliding_window": 128}, "sliding window"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "'longrope' is not supported"),
+        ({"llama.rope.freq_base": "big"}, "llama.rope.freq_base must be of type float, got 'big'"),
+        ({"llama.attention.layer_norm_rms_epsilon": True}, "layer_norm_rms_epsilon must be of type float, got True"),
+        ({"llama.rope.freq_base": -1.0}, "llama.rope.freq_base must be a positive number, got -1.0"),
+        ({"llama.block_count": "2"}, "llama.block_count must be a positive integer, got '2'"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "must hold token ids, got 'x'"),
         ({"split.count": 2}, "one of 2 split GGUF files"),
     ],
 )

@@ -23,7 +23,7 @@ _FILE_DTYPES = {"F32": "float32", "F16": "float16"}
 def config_from_gguf(path: Path) -> ModelConfig:
     """The config that a GGUF file's metadata states; `ModelError` names the file and the key."""
     file = open_gguf(path)
-    arch = file.need("general.architecture")
+    arch = file.need("general.architecture", str)
     if arch not in ARCHITECTURES:
         raise bad_model(path, f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}.")
     _refuse_unsupported(file, arch)
@@ -39,7 +39,7 @@ def config_from_gguf(path: Path) -> ModelConfig:
     if embedding is None:
         raise bad_model(path, "missing tensor token_embd.weight.")
     context = file.count(f"{arch}.context_length")
-    theta = float(file.get(f"{arch}.rope.freq_base", 10000.0))
+    theta = _positive(file, f"{arch}.rope.freq_base", 10000.0)
     return ModelConfig(
         architecture=ARCHITECTURES[arch],
         hidden_size=hidden_size,
@@ -49,7 +49,7 @@ def config_from_gguf(path: Path) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=int(embedding.shape[1]),
-        rms_norm_eps=_short(file.need(f"{arch}.attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=_short(_positive(file, f"{arch}.attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
         rope_scaling=_rope_scaling(file, arch, theta, head_dim, context),
         max_position_embeddings=context,
@@ -76,6 +76,13 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
         )
 
 
+def _positive(file: GgufFile, key: str, default: float | None = None) -> float:
+    value: float = file.need(key, float) if default is None else file.get(key, default)
+    if not 0 < value < math.inf:
+        raise bad_model(file.path, f"metadata key {key} must be a positive number, got {value}.")
+    return value
+
+
 def _short(value: float) -> float:
     """A float32 as the decimal its author wrote: 9.999999747378752e-06 is 1e-05."""
     return float(str(np.float32(value)))
@@ -88,7 +95,7 @@ def _rope_scaling(file: GgufFile, arch: str, theta: float, head_dim: int, contex
     kind = file.get(f"{arch}.rope.scaling.type", "none")
     if kind == "none":
         return None
-    factor = float(file.need(f"{arch}.rope.scaling.factor"))
+    factor = _positive(file, f"{arch}.rope.scaling.factor")
     if kind == "linear":
         return RopeScaling("linear", factor)
     if kind == "yarn":

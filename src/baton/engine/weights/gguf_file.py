@@ -7,13 +7,15 @@ Not here: what the metadata means (models.gguf_config), the tokenizer (gguf_toke
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
 from baton.engine.errors import ModelError, bad_model
+
+T = TypeVar("T")
 
 
 class _Reader(gguf.GGUFReader):
@@ -70,28 +72,38 @@ class GgufFile:
             raise bad_model(path, f"is not a readable GGUF file: {text}") from None
         self._fields = reader.fields
         self.tensors: dict[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
-        if int(self.get("split.count", 1)) > 1:
+        if self.get("split.count", 1) > 1:
             raise bad_model(
                 path, f"is one of {self.get('split.count')} split GGUF files; merge them first (gguf-split)."
             )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value as int, float, bool, str or list; `default` when the key is absent."""
+        """A metadata value as int, float, bool, str or list; `default` when the key is absent.
+
+        `ModelError` naming the key when there is a default and the value is of another type.
+        """
         field = self._fields.get(key)
         if field is None:
             return default
-        if field.types[0] == gguf.GGUFValueType.ARRAY:
-            return field.parts[field.data[0]]
         try:
-            return field.contents()
+            value = field.parts[field.data[0]] if field.types[0] == gguf.GGUFValueType.ARRAY else field.contents()
         except (UnicodeDecodeError, IndexError) as error:
             raise bad_model(self.path, f"metadata key {key} cannot be read: {error}") from None
+        return value if default is None else self._checked(key, value, type(default))
 
-    def need(self, key: str) -> Any:
-        """Like `get`; `ModelError` naming the key when it is absent."""
+    def need(self, key: str, kind: type[T]) -> T:
+        """Like `get`; `ModelError` naming the key when it is absent or not a `kind`."""
         value = self.get(key)
         if value is None:
             raise bad_model(self.path, f"missing metadata key {key}.")
+        return self._checked(key, value, kind)
+
+    def _checked(self, key: str, value: Any, kind: type[T]) -> T:
+        if kind is float and type(value) is int:
+            value = float(value)
+        # type() and not isinstance(): a truth value is no number here.
+        if type(value) is not kind:
+            raise bad_model(self.path, f"metadata key {key} must be of type {kind.__name__}, got {value!r:.80}.")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:

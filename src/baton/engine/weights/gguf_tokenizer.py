@@ -26,12 +26,12 @@ _SPLIT_PATTERNS = {
 def tokenizer_from_gguf(path: Path) -> Tokenizer:
     """A `tokenizers.Tokenizer` equal to the model's own. `ModelError` names the file and the metadata key."""
     file = open_gguf(path)
-    kind = file.need("tokenizer.ggml.model")
+    kind = file.need("tokenizer.ggml.model", str)
     if kind != "gpt2":
         raise bad_model(path, f"metadata key tokenizer.ggml.model: {kind!r} is not supported; known: gpt2.")
-    texts: list[str] = file.need("tokenizer.ggml.tokens")
+    texts: list[str] = file.need("tokenizer.ggml.tokens", list)
     types: list[int] = file.get("tokenizer.ggml.token_type", [1] * len(texts))
-    merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
+    merges = [str(merge).partition(" ")[::2] for merge in file.need("tokenizer.ggml.merges", list)]
     if len(types) != len(texts):
         raise bad_model(path, "metadata key tokenizer.ggml.token_type has another length than tokenizer.ggml.tokens.")
     vocabulary = {text: token_id for token_id, text in enumerate(texts)}
@@ -57,8 +57,8 @@ def tokenizer_from_gguf(path: Path) -> Tokenizer:
 def tokenizer_config_from_gguf(path: Path) -> dict[str, Any]:
     """What an HF `tokenizer_config.json` for this file says; `chat_template` only when the file has one."""
     file = open_gguf(path)
-    texts: list[str] = file.need("tokenizer.ggml.tokens")
-    arch = file.need("general.architecture")
+    texts: list[str] = file.need("tokenizer.ggml.tokens", list)
+    arch = file.need("general.architecture", str)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -69,21 +69,21 @@ def tokenizer_config_from_gguf(path: Path) -> dict[str, Any]:
         token_id = _token_id(file, key, len(texts))
         if token_id is not None:
             config[f"{name}_token"] = texts[token_id]
-    template = file.get("tokenizer.chat_template")
-    if template is not None:
+    template = file.get("tokenizer.chat_template", "")
+    if template:
         config["chat_template"] = template
     return config
 
 
 def _adds_bos(file: GgufFile) -> bool:
     """Whether encoding puts the begin-of-sequence token first; Llama 3's files leave the key out and mean yes."""
-    return bool(file.get("tokenizer.ggml.add_bos_token", file.get("tokenizer.ggml.pre") == "llama-bpe"))
+    return bool(file.get("tokenizer.ggml.add_bos_token", file.get("tokenizer.ggml.pre", "") == "llama-bpe"))
 
 
 def _token_id(file: GgufFile, name: str, num_tokens: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     token_id: int | None = file.get(key)
-    if token_id is not None and not 0 <= token_id < num_tokens:
+    if token_id is not None and (type(token_id) is not int or not 0 <= token_id < num_tokens):
         raise bad_model(file.path, f"metadata key {key}: {token_id} is not a token.")
     return token_id
 

@@ -39,7 +39,7 @@ def gguf_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, torch.T
         tensors[hf_name_of_gguf(name) or name] = tensor
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
     names = check_tensors(path, shapes, config)
-    permuted_heads = _permuted_heads(file.need("general.architecture"), config)
+    permuted_heads = _permuted_heads(file.need("general.architecture", str), config)
     return _read(tensors, names, shapes, permuted_heads)
 
 
