@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import logging
-import os
 import socket
 from collections.abc import Coroutine
 from random import Random
@@ -99,7 +98,7 @@ class Router:
                 request.request_id = value.decode("latin-1")[:256]
                 break
         else:
-            request.request_id = os.urandom(16).hex()
+            request.request_id = self.core.new_id()
             request.request_id_is_ours = True
         path = request.path
         if self.config.api_key is not None and path not in routes.OPEN_ROUTES and not self._is_authorized(request):
@@ -109,7 +108,7 @@ class Router:
             if request.method not in (b"POST", b"PUT"):
                 self._method_not_allowed(request, ["POST"])
                 return
-            self.core.metrics.http_requests[request.method.decode(), path.decode()] += 1
+            self.core.metrics.http_requests[request.method, path] += 1
             request.exchange = exchange = Exchange(self.core, request)
             exchange.start()
             return
@@ -121,8 +120,9 @@ class Router:
         return hmac.compare_digest(given, b"Bearer " + self.config.api_key.encode())
 
     def _other_route(self, request: Request) -> None:
-        is_worker = request.path.startswith(b"/workers/")
-        methods = routes.ROUTES.get(b"/workers" if is_worker else request.path)
+        path = request.path
+        is_worker = path.startswith(b"/workers/")
+        methods = routes.ROUTES.get(b"/workers" if is_worker else path)
         if methods is None:
             self._error(request, router_error(404, f"There is no route {request.text_path}."))
             return
@@ -130,7 +130,7 @@ class Router:
         if handler is None:
             self._method_not_allowed(request, [method.decode() for method in methods])
             return
-        self.core.metrics.http_requests[request.method.decode(), "/workers" if is_worker else request.text_path] += 1
+        self.core.metrics.http_requests[request.method, b"/workers" if is_worker else path] += 1
         self._spawn(self._handle(handler, request))
 
     def _method_not_allowed(self, request: Request, allowed: list[str]) -> None:
@@ -156,8 +156,8 @@ class Router:
             request.connection.respond(error.info.code, headers, error_body(error.info, request.request_id))
 
     def on_bad_request(self, connection: ClientConnection, error: RequestError) -> None:
-        request_id = os.urandom(16).hex()
-        self.core.metrics.http_responses["unreadable", error.info.code] += 1
+        request_id = self.core.new_id()
+        self.core.metrics.http_responses[b"unreadable", error.info.code] += 1
         headers = JSON_TYPE + b"x-request-id: %b\r\n" % request_id.encode()
         connection.respond(error.info.code, headers, error_body(error.info, request_id))
 

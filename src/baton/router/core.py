@@ -73,6 +73,10 @@ class Core:
     def new_room(self) -> int:
         return self.rng.getrandbits(63)
 
+    def new_id(self) -> str:
+        """32 hex digits; unique, not secret."""
+        return f"{self.rng.getrandbits(128):032x}"
+
     # What tries teach
 
     def on_connect_failure(self, worker: Worker, reason: str) -> None:
@@ -96,12 +100,11 @@ class Core:
 
     def on_exchange_end(self, exchange: "Exchange", request: "Request", status: int, streamed: bool) -> None:
         duration_s = self.loop.time() - request.received_s
-        path = request.path.decode("latin-1")
-        self.metrics.ended(path, status, duration_s)
+        self.metrics.ended(request.path, status, duration_s)
         if self.config.access_log:
             log.info(
                 "request method=%s path=%s status=%d duration_ms=%.1f bytes=%d stream=%s request_id=%s workers=%s",
-                request.method.decode(), path, status, duration_s * 1e3, request.connection.bytes_out,
+                request.method.decode(), request.text_path, status, duration_s * 1e3, request.connection.bytes_out,
                 streamed, request.request_id, exchange.pair,
             )  # fmt: skip
 

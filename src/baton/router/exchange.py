@@ -7,7 +7,6 @@ helps; `relay` keeps what a broken stream needs to go on.
 
 import asyncio
 import logging
-import os
 from typing import Literal
 
 from baton.protocol.errors import ErrorInfo, RequestError, Stage
@@ -130,7 +129,7 @@ class Exchange:
         if view.rid and (rid := bodies.client_rids(view)) is not None:
             self._first_rid = rid
         else:
-            self._first_rid = request.request_id if request.request_id_is_ours else os.urandom(16).hex()
+            self._first_rid = request.request_id if request.request_id_is_ours else self._core.new_id()
         if view.is_stream:
             self._relay = StreamRelay()
 
@@ -198,7 +197,7 @@ class Exchange:
     def _new_attempt(self, is_pd: bool) -> Attempt:
         rid = self._first_rid
         if self._tries:  # the first pair may still hold the old one: never the same id, never one a prefix of the other
-            tag = f"{os.urandom(8).hex()}-"
+            tag = f"{self._core.new_id()[:16]}-"
             rid = tag + rid if isinstance(rid, str) else [tag + item for item in rid]
             if self._relay is not None:
                 if not self._began:

@@ -45,16 +45,16 @@ class Metrics:
 
     def __init__(self, buckets_s: tuple[float, ...] = BUCKETS_S) -> None:
         self._buckets_s = buckets_s
-        self.http_requests: Counter[tuple[str, str]] = Counter()
-        self.http_responses: Counter[tuple[str, int]] = Counter()
+        self.http_requests: Counter[tuple[bytes, bytes]] = Counter()
+        self.http_responses: Counter[tuple[bytes, int]] = Counter()
         self.upstream_responses: Counter[tuple[str, str, str]] = Counter()
         self.retries: Counter[tuple[str, str]] = Counter()
         self.migrations: Counter[str] = Counter()
         self.aborts = 0
         self.first_event = Histogram(buckets_s)
-        self._durations: dict[str, Histogram] = {}
+        self._durations: dict[bytes, Histogram] = {}
 
-    def ended(self, path: str, status: int, duration_s: float) -> None:
+    def ended(self, path: bytes, status: int, duration_s: float) -> None:
         """One request of an API route has got its end."""
         self.http_responses[path, status] += 1
         histogram = self._durations.get(path)
@@ -70,23 +70,26 @@ class Metrics:
             out += _family(name, "gauge", _HELP[name], [((), value)])
         out += _family(
             "smg_http_requests_total", "counter", "Requests received.",
-            [((("method", method), ("path", path)), n) for (method, path), n in self.http_requests.items()],
+            [((("method", _text(method)), ("path", _text(path))), n) for (method, path), n in self.http_requests.items()],
         )  # fmt: skip
         out += _family(
             "smg_http_responses_total", "counter", "Answers to clients; 499: the client left.",
-            [((("path", path), ("status_code", str(code))), n) for (path, code), n in self.http_responses.items()],
+            [
+                ((("path", _text(path)), ("status_code", str(code))), n)
+                for (path, code), n in self.http_responses.items()
+            ],
         )  # fmt: skip
-        totals: Counter[str] = Counter()
+        totals: Counter[bytes] = Counter()
         for (path, _), n in self.http_responses.items():
             totals[path] += n
         out += _family(
             "smg_router_requests_total", "counter", "Generation requests that have ended.",
-            [((("router_type", kind), ("endpoint", path)), n) for path, n in totals.items()],
+            [((("router_type", kind), ("endpoint", _text(path))), n) for path, n in totals.items()],
         )  # fmt: skip
         out += ["# HELP smg_http_request_duration_seconds From the request's last byte to its answer's last byte."]
         out += ["# TYPE smg_http_request_duration_seconds histogram"]
         for path, histogram in self._durations.items():
-            out += histogram.lines("smg_http_request_duration_seconds", (("path", path),))
+            out += histogram.lines("smg_http_request_duration_seconds", (("path", _text(path)),))
         out += ["# HELP baton_router_time_to_first_event_seconds From a streaming request to its first event."]
         out += ["# TYPE baton_router_time_to_first_event_seconds histogram"]
         out += self.first_event.lines("baton_router_time_to_first_event_seconds", ())
@@ -160,6 +163,10 @@ def _line(name: str, labels: Labels, value: float) -> str:
         return f"{name} {value}"
     text = ",".join(f'{key}="{_escape(label)}"' for key, label in labels)
     return f"{name}{{{text}}} {value}"
+
+
+def _text(path: bytes) -> str:
+    return path.decode("latin-1")
 
 
 def _escape(label: str) -> str:
