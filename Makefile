@@ -41,4 +41,7 @@ test-slow: setup ## long tests (minutes each, no special hardware)
 test-gpu: setup ## needs a CUDA device
 	$(BIN)/pytest -m gpu
 
-.PHONY: help setup up down lint check test test-slow test-gpu
+bench-gpu: setup ## engine on one CUDA device: text beside transformers, then speed (needs a GPU)
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json
+
+.PHONY: help setup up down lint check test test-slow test-gpu bench-gpu
