@@ -100,7 +100,11 @@ class Backend(asyncio.Protocol):
         self.transport = None
 
     def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:  # sglang-router tries whether a worker speaks HTTP/2
+            if self.transport is not None:
+                self.transport.close()
 
     def on_message_begin(self) -> None:
         self.path, self.body, self.wants_ids = b"", [], False

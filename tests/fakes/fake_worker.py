@@ -117,6 +117,8 @@ class FakeWorker:
         """Requests that break the protocol; a bed fails at its end if there are any."""
         self.calls: Counter[str] = Counter()
         self.healthy = True
+        self.frozen = False
+        """Takes requests and never answers, health checks neither."""
         self.port = 0
         self.running = 0
         self.disconnects = 0
@@ -212,6 +214,8 @@ class _Connection(asyncio.Protocol):
         path = request.url.decode()
         worker = self.worker
         worker.calls[path] += 1
+        if worker.frozen:
+            await asyncio.Event().wait()
         if path in ("/generate", "/v1/chat/completions", "/v1/completions"):
             worker.running += 1
             self.busy = True

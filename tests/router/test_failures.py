@@ -231,3 +231,28 @@ async def test_max_concurrent_requests_and_its_queue():
         b.decode[0].gate.set()
         assert (await first).status == (await second).status == 200
         assert b.router.core.admission.in_progress == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_on_a_frozen_worker_go_elsewhere(stream):
+    """The worker's sockets stay open, but nothing is answered: neither requests nor health checks."""
+    health = HealthConfig(interval_s=0.01, retry_interval_s=0.01, timeout_s=0.02, failure_threshold=2)
+    async with bed(decode=2, health=health) as b:
+        frozen, other = b.decode
+        frozen.gate, frozen.gate_at = asyncio.Event(), 2
+        frozen.faults.hang = not stream
+        asking = asyncio.create_task(b.ask("/v1/completions", BODY | {"stream": stream}))
+        await eventually(lambda: frozen.at_gate if stream else frozen.seen)
+        frozen.frozen = True
+        reply = await asking
+        answers = [event for event in reply.events if event != "[DONE]"] if stream else [reply.json]
+        assert "".join(answer["choices"][0]["text"] for answer in answers) == expected_text("p", 0, 4)
+        assert len(other.seen) == 1
+
+
+async def test_a_failed_transfer_avoids_the_prefill_worker_too():
+    async with bed(prefill=2, decode=2) as b:
+        b.decode[0].faults.status, b.decode[0].faults.status_count = 500, 1
+        b.decode[0].faults.error_headers = "x-baton-retryable: 1\r\nx-baton-error-stage: transfer\r\n"
+        assert (await b.ask("/v1/completions", BODY)).status == 200
+        assert len(b.prefill[1].seen) == len(b.decode[1].seen) == 1

@@ -36,7 +36,7 @@ class Sink(Protocol):
 class Side:
     """One worker's half: counts the worker's load while open. Subclasses are the `Listener` of its connection."""
 
-    __slots__ = ("attempt", "body", "connection", "headers", "is_open", "status", "worker")
+    __slots__ = ("attempt", "body", "connection", "headers", "is_open", "num_reads", "status", "worker")
 
     def __init__(self, attempt: "Attempt", worker: Worker, connection: Upstream) -> None:
         self.attempt = attempt
@@ -46,6 +46,7 @@ class Side:
         self.headers: list[tuple[bytes, bytes]] = []
         self.body: list[bytes] = []
         self.is_open = True
+        self.num_reads = 0
         worker.active += 1
 
     def shut(self) -> None:
@@ -54,7 +55,9 @@ class Side:
             self.worker.active -= 1
 
     def failure(self, kind: Kind, message: str, event: bytes = b"") -> Failure:
-        return Failure(kind, self.worker.role, self.worker.url, message, event=event)
+        prefill = self.attempt.prefill
+        peer_url = prefill.worker.url if prefill is not None and prefill is not self else ""
+        return Failure(kind, self.worker.role, self.worker.url, message, peer_url=peer_url, event=event)
 
     def status_failure(self) -> Failure:
         body = b"".join(self.body)
@@ -80,6 +83,7 @@ class PrefillSide(Side):
         self.status, self.headers = status, headers
 
     def on_data(self, data: bytes) -> None:
+        self.num_reads += 1
         attempt = self.attempt
         if self.status >= 400 or attempt.wants_logprobs:
             if attempt.merger is not None and self.status < 400:
@@ -133,6 +137,7 @@ class DecodeSide(Side):
         )
 
     def on_data(self, data: bytes) -> None:
+        self.num_reads += 1
         if not self.is_sse:
             self.body.append(data)
             return
@@ -290,6 +295,21 @@ class Attempt:
             self.abandon()
         elif self.prefill is not None and self.prefill.is_open:
             self.tail_timer = self._loop.call_later(PREFILL_TAIL_S, self.abandon)
+
+    def progress_on(self, worker: Worker) -> int | None:
+        """A number that grows while `worker` works for this attempt; None: it does not."""
+        for side in (self.decode, self.prefill):
+            if side is not None and side.is_open and side.worker is worker:
+                return side.num_reads
+        return None
+
+    def give_up_on(self, worker: Worker, reason: str) -> None:
+        """`worker` is known to be stuck: as if its connection had been lost."""
+        for side in (self.decode, self.prefill):
+            if side is not None and side.is_open and side.worker is worker and not self.outcome.done():
+                if side is self.prefill and self.decode_began:
+                    continue
+                self.settle(side.lost_failure(reason, False))
 
     def abandon(self) -> None:
         """Close what is open and abort it on its worker. Idempotent."""

@@ -71,7 +71,7 @@ class LimitsConfig:
     max_payload_bytes: int = 512 * 2**20
     max_header_bytes: int = 64 * 2**10
     read_timeout_s: float = 60.0
-    """A request must have arrived this long after its first byte (slow bodies: this long since the last byte)."""
+    """A request's head must have arrived this long after its first byte; its body may not pause for longer."""
     keep_alive_s: float = 75.0
     connect_timeout_s: float = 5.0
     max_concurrent: int = -1

@@ -24,6 +24,7 @@ from baton.router.upstream import Collector
 from baton.router.workers import Registry, Worker
 
 if TYPE_CHECKING:
+    from baton.router.attempt import Attempt
     from baton.router.downstream import Request
     from baton.router.exchange import Exchange
 
@@ -86,6 +87,15 @@ class Core:
             worker.problem = reason
             log.warning("worker is gone worker=%s role=%s reason=%r", worker.url, worker.role, reason)
         self.wake(worker)
+
+    def progress_on(self, worker: Worker) -> "dict[Attempt, int]":
+        """Tries on their way at `worker`, each with a number that grows as the worker sends."""
+        found: dict[Attempt, int] = {}
+        for exchange in self.exchanges:
+            attempt = exchange.attempt
+            if attempt is not None and (reads := attempt.progress_on(worker)) is not None:
+                found[attempt] = reads
+        return found
 
     def on_failure(self, failure: Failure, blamed: bool) -> None:
         result = str(failure.answer.status) if failure.answer is not None else failure.kind

@@ -85,6 +85,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._in_message = False
         self._head_done = False
+        self._began_s = 0.0
         self._keep_alive = True
         self._refused = False
         self._chunked_out = False
@@ -154,6 +155,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._in_message = True
         self._head_done = False
+        self._began_s = self.since_s
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -234,7 +236,8 @@ class ClientConnection(asyncio.Protocol):
         if self.current is not None:
             return
         if self._in_message:
-            if now_s - self.since_s > limits.read_timeout_s:
+            # A head must be there whole in time; a body may take long as long as it comes.
+            if now_s - (self.since_s if self._head_done else self._began_s) > limits.read_timeout_s:
                 self._refuse(router_error(408, f"The request did not arrive within {limits.read_timeout_s:g} seconds."))
         elif now_s - self.since_s > limits.keep_alive_s or self._app.closing:
             self.close()

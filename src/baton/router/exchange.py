@@ -66,6 +66,11 @@ class Exchange:
         if self._attempt is not None:
             self._attempt.resume()
 
+    @property
+    def attempt(self) -> Attempt | None:
+        """The try that is on its way, if any."""
+        return self._attempt if self._attempt is not None and self._attempt.is_unfinished else None
+
     def abort(self) -> None:
         """The request is aborted by its rid (`/abort_request`)."""
         self._end("abort")

@@ -1,15 +1,18 @@
 """Asks each worker whether it is healthy, one task per worker; wakes at once when a request saw something odd.
 
 A worker that has never been healthy is asked every `retry_interval_s` (the router starts before its workers), a healthy
-one every `interval_s`. Failing tries mark a worker only through `Core.on_connect_failure`; all else is decided here.
+one every `interval_s`. A worker that has stopped answering is stuck, and so are its requests that have had nothing from it
+since: they are told, and go elsewhere. Failing tries mark a worker only through `Core.on_connect_failure`; all else is decided here.
 """
 
 import asyncio
 import logging
 
+from baton.router.attempt import Attempt
 from baton.router.core import Core
 from baton.router.workers import Worker
 
+_SILENT = " does not answer"
 log = logging.getLogger("baton.router")
 
 
@@ -49,13 +52,18 @@ class HealthChecker:
         failures = successes = 0
         was_healthy = False  # a worker's first good answer is enough; one that failed later must prove itself
         wake = self._wakes[worker]
+        seen: dict[Attempt, int] = {}
         while True:
             wake.clear()
             problem, is_certain = await self._problem(worker)
             if problem:
                 failures, successes = failures + 1, 0
+                if failures == 1:
+                    seen = self._core.progress_on(worker)
                 if is_certain or not worker.healthy or failures >= config.failure_threshold:
                     self._mark(worker, False, problem)
+                    if failures >= config.failure_threshold and problem.endswith(_SILENT):
+                        self._release(worker, seen)
             else:
                 failures, successes = 0, successes + 1
                 if not worker.healthy and (not was_healthy or successes >= config.success_threshold):
@@ -75,10 +83,16 @@ class HealthChecker:
         try:
             answer = await self._core.call(worker, b"GET", config.endpoint.encode(), config.timeout_s)
         except TimeoutError:
-            return f"{config.endpoint} did not answer within {config.timeout_s:g} s", False
+            return f"{config.endpoint}{_SILENT}", False
         except OSError as error:
             return str(error) or type(error).__name__, isinstance(error, ConnectionRefusedError)
         return ("" if answer.status == 200 else f"{config.endpoint} answered {answer.status}"), False
+
+    def _release(self, worker: Worker, seen: "dict[Attempt, int]") -> None:
+        """End the tries that have had nothing from `worker` since its first unanswered check (`seen`)."""
+        for attempt, reads in self._core.progress_on(worker).items():
+            if seen.get(attempt) == reads:
+                attempt.give_up_on(worker, "the worker does not answer")
 
     def _mark(self, worker: Worker, healthy: bool, problem: str) -> None:
         was, worker.healthy, worker.problem = worker.healthy, healthy, problem

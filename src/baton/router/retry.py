@@ -33,6 +33,8 @@ class Failure:
     answer: Answer | None = None
     info: dict[str, Any] = field(default_factory=dict)
     """The worker's error object, when it could be read."""
+    peer_url: str = ""
+    """The prefill worker of a decode worker that failed."""
     event: bytes = b""
     """The error event of kind `event`."""
 
@@ -89,6 +91,8 @@ class RetryState:
         if failure.kind == "stale":
             return
         self.tried.add(failure.url)
+        if failure.peer_url and failure.info.get("stage") in ("prefill", "transfer"):
+            self.tried.add(failure.peer_url)  # a decode worker tells of its prefill's failure
         if failure.kind == "lost" or (failure.kind == "connect" and self.stale):
             # A connection that closed under the request, and then nobody there: the worker may well have had it.
             self.lost_worker = True
