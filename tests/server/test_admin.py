@@ -109,6 +109,8 @@ async def test_abort_by_prefix_is_an_ordinary_end(start: Start) -> None:
 async def test_metrics_have_sglangs_names_and_both_spellings(start: Start) -> None:
     async with start("--enable-metrics", cached_tokens=1) as bed:
         before = await samples(bed)
+        assert before["sglang:num_requests_total"] == 0, "the warm-up is not measured"
+        assert (await bed.http.get("/health_generate")).status_code == 200
         await bed.post("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 3}})
         after = await samples(bed)
 
@@ -214,3 +216,30 @@ async def test_routes_that_are_not_served_say_so(start: Start) -> None:
         assert "/v1/embeddings" in answer.json()["message"]
         assert (await bed.http.get("/nowhere")).status_code == 404
         assert (await bed.http.get("/generate")).status_code == 405
+
+
+async def test_errors_carry_the_callers_request_id(start: Start) -> None:
+    async with start() as bed:
+        answer = await bed.http.post("/generate", json={}, headers={"x-request-id": "q1"})
+        assert answer.headers["x-request-id"] == "q1"
+        assert answer.json()["error"]["request_id"] == "q1"
+
+
+async def test_log_requests_shows_start_and_end_but_no_more_than_asked(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for level, seen, unseen in (
+        (0, "prompt_tokens=2", "temperature"),
+        (1, "temperature=", "my prompt"),
+        (3, "my prompt", "\0"),
+    ):
+        caplog.clear()
+        async with start("--log-requests", "--log-requests-level", str(level)) as bed:
+            await bed.post("/generate", {"text": "my prompt", "rid": "logged"})
+            await bed.until(lambda: any("Finish: " in record.getMessage() for record in caplog.records))
+        text = "\n".join(record.getMessage() for record in caplog.records)
+        assert "Receive: rid=logged" in text
+        assert "Finish: rid=logged finish=stop" in text
+        assert seen in text
+        assert unseen not in text

@@ -23,9 +23,11 @@ WITH_IDS = {TOKEN_IDS_HEADER: "1"}
 TALK = "Zoë 🏃🏽‍♀️ runs. STO, not the end… 🇫🇷 STOP here"
 
 
-async def stream_of(bed: Bed, path: str, body: dict[str, Any]) -> list[tuple[list[int], dict[str, Any]]]:
+async def stream_of(
+    bed: Bed, path: str, body: dict[str, Any], *, is_paced: bool = False
+) -> list[tuple[list[int], dict[str, Any]]]:
     """(ids of the comment, document) of each event of choice 0; checks that a comment precedes every one."""
-    pacing = asyncio.create_task(pace(bed))
+    pacing = asyncio.create_task(pace(bed)) if is_paced else None
     pairs: list[tuple[list[int], dict[str, Any]]] = []
     ids: list[int] | None = None
     async with bed.http.stream("POST", path, json=body, headers=WITH_IDS) as answer:
@@ -42,8 +44,9 @@ async def stream_of(bed: Bed, path: str, body: dict[str, Any]) -> list[tuple[lis
                     ids = None
                 else:
                     pairs.append(([], document))
-    pacing.cancel()
-    bed.rank.credits = None
+    if pacing is not None:
+        pacing.cancel()
+        bed.rank.credits = None
     return pairs
 
 
@@ -75,7 +78,7 @@ async def test_a_stream_goes_on_at_every_event_without_gap_or_repeat(start: Star
         )
     async with start() as bed:
         bed.say(TALK)
-        whole = await stream_of(bed, path, common)
+        whole = await stream_of(bed, path, common, is_paced=True)
         expected = TALK[: TALK.index("STOP")]
         all_ids = [token_id for ids, _ in whole for token_id in ids]
         assert all_ids == bed.tokenizer.encode(TALK)[: len(all_ids)]

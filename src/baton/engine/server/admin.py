@@ -68,7 +68,7 @@ async def health_generate(ctx: ServerContext, request: Request) -> Response:
         bootstrap=fake_bootstrap(ctx, 2**62 + number),
         timeout_s=CALL_TIMEOUT_S,
     )
-    job = ctx.client.submit([submit], stream_interval=1)
+    job = ctx.client.submit([submit], stream_interval=1, is_measured=False)
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             await job.changed()

@@ -20,6 +20,7 @@ from baton.engine.server.chat import chat_completions
 from baton.engine.server.client import RankLostError
 from baton.engine.server.completions import completions
 from baton.engine.server.context import ServerContext
+from baton.engine.server.intake import request_id_header
 from baton.engine.server.native import generate
 from baton.engine.server.respond import error_response
 from baton.protocol.errors import ErrorInfo, RequestError
@@ -85,6 +86,8 @@ def _endpoint(ctx: ServerContext, handler: Handler, path: str) -> Callable[[Requ
             info = ErrorInfo("InternalServerError", 500, "the server failed; its log says how.")
         if info.stage == "server":
             info = msgspec.structs.replace(info, stage=ctx.stage)
+        if info.request_id is None:
+            info = msgspec.structs.replace(info, request_id=request_id_header(request))
         return error_response(info, is_openai=is_openai)
 
     return endpoint

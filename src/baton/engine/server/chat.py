@@ -10,7 +10,16 @@ from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
 from baton.engine.server.generation import Generation, Job
-from baton.engine.server.intake import Hop, Prompt, hop_of, need_json_content_type, parse, read_object, submits_of
+from baton.engine.server.intake import (
+    Hop,
+    Prompt,
+    hop_of,
+    need_json_content_type,
+    parse,
+    read_object,
+    request_id_of,
+    submits_of,
+)
 from baton.engine.server.openai_common import (
     chat_logprobs,
     check_model,
@@ -60,14 +69,8 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
     )
     hop = hop_of(request, raw, prompt.sampling.n)
     submits = submits_of(ctx, [prompt], handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
-    writer = ChatWriter(ctx, body, hop, model, _response_id(submits, prompt.sampling.n))
+    writer = ChatWriter(ctx, body, hop, model, request_id_of(submits))
     return start_job(ctx, submits, writer, stream_interval=ctx.args.stream_interval if body.stream else None)
-
-
-def _response_id(submits: Any, n: int) -> str:
-    """The request's id: without the suffix of its sequences."""
-    rid = next((one.rid for one in submits if one is not None), "")
-    return rid if n == 1 else rid.rpartition("_")[0]
 
 
 def _refuse(body: ChatCompletionRequest) -> None:

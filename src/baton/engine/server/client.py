@@ -88,8 +88,9 @@ class EngineClient:
     def is_in_flight(self, rid: str) -> bool:
         return rid in self._jobs
 
-    def submit(self, submits: Sequence[Submit | None], *, stream_interval: int | None) -> Job:
-        """Start every sequence of one HTTP request (None: that choice ended before a resume).
+    def submit(self, submits: Sequence[Submit | None], *, stream_interval: int | None, is_measured: bool = True) -> Job:
+        """Start every sequence of one HTTP request (None: that choice ended before a resume). Metrics leave out what is
+        not measured: requests this worker makes itself.
 
         Raises `RequestError`: rank gone (503), id in use (400).
         """
@@ -101,7 +102,11 @@ class EngineClient:
                 if one.rid in self._jobs or one.rid in rids:
                     raise bad_request(f"Duplicate request ID detected: {one.rid}", "rid")
                 rids.add(one.rid)
-        generations = [Generation(one, index, self._vocabulary) for index, one in enumerate(submits) if one is not None]
+        generations = [
+            Generation(one, index, self._vocabulary, is_measured=is_measured)
+            for index, one in enumerate(submits)
+            if one is not None
+        ]
         job = Job(generations, stream_interval, self._abort)
         timeouts = [one.submit.timeout_s for one in generations if one.submit.timeout_s is not None]
         if timeouts:
@@ -224,7 +229,7 @@ class EngineClient:
             abort = generation.feed(row)
             if abort is not None:
                 self._channel.send(abort)
-            if self._metrics is not None:
+            if self._metrics is not None and generation.is_measured:
                 self._metrics.on_tokens(generation, generation.completion_tokens - num_before, last_token_at)
             if generation.finish is not None:
                 self._finished(generation)
@@ -240,7 +245,8 @@ class EngineClient:
         self._finished(generation)
 
     def _finished(self, generation: Generation) -> None:
-        if self._jobs.pop(generation.rid, None) is not None and self._metrics is not None:
+        is_first_end = self._jobs.pop(generation.rid, None) is not None
+        if is_first_end and self._metrics is not None and generation.is_measured:
             self._metrics.on_finish(generation)
 
     def _lost_error(self, rid: str | None = None) -> ErrorInfo:

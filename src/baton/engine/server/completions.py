@@ -16,6 +16,7 @@ from baton.engine.server.intake import (
     need_json_content_type,
     parse,
     read_object,
+    request_id_of,
     submits_of,
 )
 from baton.engine.server.openai_common import (
@@ -76,8 +77,7 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
     if hop.resume is not None and body.logprobs is not None:
         raise bad_request(f"{RESUME_FIELD} cannot be combined with logprobs: their offsets are gone.", RESUME_FIELD)
     submits = submits_of(ctx, prompts, handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
-    rid = next((one.rid for one in submits if one is not None), "")
-    writer = CompletionWriter(ctx, body, hop, model, rid if len(submits) == 1 else rid.rpartition("_")[0])
+    writer = CompletionWriter(ctx, body, hop, model, request_id_of(submits))
     return start_job(ctx, submits, writer, stream_interval=ctx.args.stream_interval if body.stream else None)
 
 

@@ -1,6 +1,5 @@
 """What every route of one worker shares; built once by `main` (or a test) before the first request."""
 
-import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
@@ -40,7 +39,6 @@ class ServerContext:
     """Request field nobody knows -> how often it came."""
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     """Of the OpenAI routes, under SamplingParams' names."""
-    health_probe: "asyncio.Task[None] | None" = None
 
     @property
     def stage(self) -> Stage:

@@ -40,7 +40,8 @@ class Generation:
     `num_resumed` of them and their text.
     """
 
-    def __init__(self, submit: Submit, index: int, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, submit: Submit, index: int, vocabulary: Vocabulary | None, *, is_measured: bool = True) -> None:
+        self.is_measured = is_measured
         self.submit = submit
         self.index = index
         self.token_ids: list[int] = []

@@ -122,11 +122,16 @@ def convert(value: object, into: type[T], prefix: str = "") -> T:
         raise bad_request(f"{where}{problem}", field or None) from None
 
 
+def request_id_header(request: Request) -> str | None:
+    """The id a caller chose; None for one that is no id: anybody may set this header, and ours is safer than an error."""
+    given = request.headers.get(REQUEST_ID_HEADER)
+    is_id = given is not None and 0 < len(given) <= MAX_RID_CHARS and given.isascii() and given.isprintable()
+    return given if is_id else None
+
+
 def hop_of(request: Request, raw: Mapping[str, Any], num_sequences: int) -> Hop:
     """Our router's headers and `RESUME_FIELD`."""
-    request_id = request.headers.get(REQUEST_ID_HEADER)
-    if request_id is not None and not (0 < len(request_id) <= MAX_RID_CHARS and request_id.isprintable()):
-        request_id = None  # anybody may set this header; an id of ours is safer than an error
+    request_id = request_id_header(request)
     text = request.headers.get(TIMEOUT_HEADER)
     timeout_s: float | None = None
     if text is not None:
@@ -188,6 +193,12 @@ def submits_of(
         )
         submits.append(submit)
     return submits
+
+
+def request_id_of(submits: Sequence[Submit | None]) -> str:
+    """The request's own id: its sequence's, or what several have in common."""
+    rid = next((one.rid for one in submits if one is not None), "")
+    return rid if len(submits) == 1 else rid.rpartition("_")[0]
 
 
 def check_prompt(ctx: ServerContext, prompt: Prompt) -> None:

@@ -310,7 +310,7 @@ async def warm_up(ctx: ServerContext) -> str | None:
         bootstrap=fake_bootstrap(ctx, 2**63 - 1),
         timeout_s=WARMUP_TIMEOUT_S,
     )
-    job = ctx.client.submit([submit], stream_interval=None)
+    job = ctx.client.submit([submit], stream_interval=None, is_measured=False)
     try:
         async with asyncio.timeout(WARMUP_TIMEOUT_S):
             while not job.is_done:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
 from baton.engine.server.generation import Job
+from baton.engine.server.intake import request_id_of
 from baton.engine.server.respond import JobResponse, Writer
 from baton.protocol.rank import Submit
 
@@ -22,9 +23,7 @@ def start_job(
 ) -> Response:
     """Submit what has not finished (None: it has) and answer with `writer`. `stream_interval` None: one document."""
     job = ctx.client.submit(submits, stream_interval=stream_interval)
-    request_id = next((one.rid for one in submits if one is not None), "")
-    if len(submits) > 1:
-        request_id = request_id.rpartition("_")[0]
+    request_id = request_id_of(submits)
     if not ctx.args.log_requests:
         return JobResponse(job, writer, request_id=request_id, stage=ctx.stage)
     for one in submits:
