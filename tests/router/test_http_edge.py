@@ -207,7 +207,9 @@ async def test_a_slow_reader_holds_the_worker_back():
         assert connection.transport is not None
         connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         connection.transport.set_write_buffer_limits(4096)
-        client.send(http_request("/generate", {"text": "p", "stream": True, "sampling_params": {"max_new_tokens": 300}}))
+        client.send(
+            http_request("/generate", {"text": "p", "stream": True, "sampling_params": {"max_new_tokens": 300}})
+        )
         await eventually(lambda: b.router.core.exchanges)
         (exchange,) = b.router.core.exchanges
         await eventually(lambda: exchange._attempt is not None and exchange._attempt.decode.connection._paused)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("baton.router")
 ABORT_TIMEOUT_S = 5.0
+LAST_CALLS_S = 0.5
+"""How long the router's own end waits for aborts on their way."""
 CALL_LIMIT_BYTES = 16 * 2**20
 
 
@@ -153,8 +155,13 @@ class Core:
 
     async def settle_calls(self) -> None:
         """Wait for aborts on their way (at shutdown)."""
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=ABORT_TIMEOUT_S)
+        if not self._calls:
+            return
+        _, late = await asyncio.wait(self._calls, timeout=LAST_CALLS_S)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)
 
     async def fan_out(
         self, method: bytes, path: bytes, timeout_s: float, body: bytes = b"", workers: list[Worker] | None = None

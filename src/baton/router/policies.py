@@ -106,15 +106,25 @@ class CacheAware:
         return chosen
 
     def _best(self, key: bytes, view: Sequence[C]) -> C:
+        """Plain loops: this runs for every request."""
         config = self._config
-        least = min(view, key=_load)
-        most_active, least_active = max(map(_load, view)), least.active
-        if most_active - least_active > config.balance_abs and most_active > config.balance_rel * least_active:
+        least, most_active = view[0], view[0].active
+        for worker in view:
+            active = worker.active
+            if active < least.active:
+                least = worker
+            elif active > most_active:
+                most_active = active
+        if most_active - least.active > config.balance_abs and most_active > config.balance_rel * least.active:
             return least
-        if key:
-            matched = self.tree.match(key)
-            best = max(view, key=lambda worker: (matched.get(worker.url, 0), -worker.active))
-            if matched.get(best.url, 0) > config.threshold * len(key):
+        matched = self.tree.match(key)
+        if matched:
+            best, best_length = least, matched.get(least.url, 0)
+            for worker in view:
+                length = matched.get(worker.url, 0)
+                if length > best_length or (length == best_length and worker.active < best.active):
+                    best, best_length = worker, length
+            if best_length > config.threshold * len(key):
                 return best
         sizes = self.tree.size
         return min(view, key=lambda worker: (sizes.get(worker.url, 0), worker.active))

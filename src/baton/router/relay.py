@@ -77,6 +77,8 @@ class StreamRelay:
     def feed(self, data: bytes) -> bytes:
         """Events to forward, possibly none. Raises `StreamError` on an error event (events before it are returned by
         `take`)."""
+        if (event := self._one_plain_event(data)) is not None:
+            return event
         if self._buffer:
             data = self._buffer + data
         end = data.rfind(b"\n\n") + 2
@@ -92,6 +94,26 @@ class StreamRelay:
             self._event(data[start:stop], out)
             start = stop
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def _one_plain_event(self, data: bytes) -> bytes | None:
+        """What nearly every read brings, at a third of the cost: one whole event in mid-stream, with its token ids."""
+        if self._buffer or self._held or self._rename is not None or not self.events_out:
+            return None
+        if not data.startswith(TOKENS_COMMENT):
+            return None
+        end = data.find(b"\n")
+        event = data[end + 1 :]
+        if (
+            event.find(b"\n\n") != len(event) - 2
+            or _UNFINISHED not in event
+            or not event.startswith(b"data: {")
+            or event.startswith(_ERROR_PREFIX)
+            or data[end - 1] == ord(" ")
+        ):
+            return None
+        self._comments.append(data[:end])
+        self.events_out += 1
+        return event
 
     def take(self) -> bytes:
         """Events that a `feed` had ready when it met an error event."""
