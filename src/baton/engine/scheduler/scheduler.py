@@ -24,6 +24,7 @@ from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.intake import STAGE_OF_MODE, build_request, finish_of, refusal, stage_of, with_request_id
 from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Request, Status
+from baton.engine.scheduler.snapshot import snapshot
 from baton.kvcache.prefix_cache import PrefixCache
 from baton.protocol.errors import ErrorInfo, RequestError
 from baton.protocol.rank import Finish, RequestOutput, SchedulerState, Submit, TokenLogprobs
@@ -184,33 +185,7 @@ class Scheduler:
         return self.is_idle and self.cache.flush()
 
     def state(self) -> SchedulerState:
-        cache, counters = self.cache, self._at.counters
-        statuses = [req.status for req in self._at.rooms]
-        in_use = cache.num_pages - cache.num_free - cache.num_evictable - cache.num_protected
-        return SchedulerState(
-            num_running=len(self._at.decode) + len(self._at.ready) + (self._at.chunked is not None),
-            num_waiting=len(self._at.waiting),
-            num_used_tokens=(cache.num_pages - cache.num_available) * cache.page_size,
-            max_total_num_tokens=cache.num_pages * cache.page_size,
-            num_retracted_total=counters.num_retracted_total,
-            cache_hit_rate=counters.cache_hit_rate,
-            gen_throughput=counters.gen_throughput,
-            new_token_ratio=self._at.ratio.value,
-            num_prefill_prealloc=statuses.count(Status.BOOTSTRAPPING),
-            num_prefill_inflight=statuses.count(Status.SENDING),
-            num_decode_prealloc=len(self._at.prealloc.queue),
-            num_decode_transfer=statuses.count(Status.RECEIVING),
-            num_bootstrap_failed_total=counters.num_bootstrap_failed_total,
-            num_transfer_failed_total=counters.num_transfer_failed_total,
-            kv_transfer_speed_gb_s=counters.transfer_speed_gb_s,
-            kv_transfer_latency_ms=counters.transfer_latency_ms,
-            kv_transfer_bootstrap_ms=counters.transfer_bootstrap_ms,
-            kv_transfer_alloc_ms=counters.transfer_alloc_ms,
-            free_pages=cache.num_free,
-            evictable_pages=cache.num_evictable,
-            protected_pages=cache.num_protected,
-            in_use_pages=in_use,
-        )
+        return snapshot(self.cache, self._at)
 
     def check_integrity(self) -> None:
         """Every page has one owner, every live request one place. Raises AssertionError that names what is wrong."""
