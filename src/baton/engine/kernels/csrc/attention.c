@@ -141,45 +141,11 @@ static void run_block(Scratch *s, const Attention *a, const Tile *tile, int64_t 
     }
 }
 
-/* A thread's walk over the blocks of the items that it claims. */
-typedef struct {
-    const Item *item; /* NULL: nothing is left */
-    const Tile *tile;
-    int64_t head, block;
-} Cursor;
-
-static void advance(Cursor *c, const Attention *a) {
-    int64_t heads = a->pool->num_kv_heads;
-    if (c->item && ++c->block < c->item->first_block + c->item->num_blocks) return;
-    int64_t i = pool_claim();
-    c->item = i < a->plan->num_items * heads ? a->plan->items + i / heads : NULL;
-    if (!c->item) return;
-    c->tile = a->plan->tiles + c->item->tile, c->head = i % heads, c->block = c->item->first_block;
-}
-
-static void begin_item(Scratch *s, const Attention *a, const Cursor *c) {
+static void begin_head(Scratch *s, const Attention *a, const Tile *tile, int64_t head) {
     int64_t group = a->plan->group, width = group * a->pool->head_dim;
-    for (int64_t i = 0; i < c->tile->num_queries; i++)
-        memcpy(s->q + i * width, a->q + (c->tile->first_token + i) * a->ldq + c->head * width, (size_t)width * sizeof(bf16));
-    if (c->tile->partial < 0) clear_rows(s, c->tile->num_queries * group, padded_dim(a->pool->head_dim));
-}
-
-static void run_items(Scratch *s, const Attention *a) {
-    Cursor now = {0}, next;
-    KeyRows *at = &s->rows[0], *after = &s->rows[1];
-    advance(&now, a);
-    if (now.item) find_keys(at, a, now.tile, now.head, now.block);
-    while (now.item) {
-        next = now;
-        advance(&next, a);
-        if (next.item) find_keys(after, a, next.tile, next.head, next.block);
-        if (now.block == now.item->first_block) begin_item(s, a, &now);
-        run_block(s, a, now.tile, now.head, now.block, at, next.item ? after : NULL);
-        if (now.block == now.item->first_block + now.item->num_blocks - 1 && now.tile->partial < 0) write_rows(s, a, now.tile, now.head);
-        KeyRows *swap = at;
-        at = after, after = swap;
-        now = next;
-    }
+    for (int64_t i = 0; i < tile->num_queries; i++)
+        memcpy(s->q + i * width, a->q + (tile->first_token + i) * a->ldq + head * width, (size_t)width * sizeof(bf16));
+    if (tile->partial < 0) clear_rows(s, tile->num_queries * group, padded_dim(a->pool->head_dim));
 }
 
 /* The blocks of a split tile, in ascending order as one thread would have merged them. */
@@ -196,13 +162,36 @@ static void merge_tile(Scratch *s, const Attention *a, const Tile *tile, int64_t
     write_rows(s, a, tile, head);
 }
 
-void attention_stage(Worker *w, const Attention *a) {
-    const AttentionPlan *plan = a->plan;
+static void find_scratch(Scratch *s, const Attention *a, int tid) {
+    int64_t head_dim = a->pool->head_dim, group = a->plan->group;
+    scratch_layout(s, a->scratch + tid * attention_scratch_bytes(head_dim, group), head_dim, group);
+}
+
+void attention_item(const Attention *a, int64_t item, int64_t next_item, int tid) {
+    const Item *it = a->plan->items + item, *after = next_item < 0 ? NULL : a->plan->items + next_item;
+    const Tile *tile = a->plan->tiles + it->tile;
+    Scratch s;
+    find_scratch(&s, a, tid);
+    KeyRows *at = &s.rows[0], *next = &s.rows[1];
+    int64_t total = it->num_heads * it->num_blocks;
+    find_keys(at, a, tile, it->first_head, it->first_block);
+    for (int64_t i = 0; i < total; i++) {
+        int64_t head = it->first_head + i / it->num_blocks, block = it->first_block + i % it->num_blocks;
+        int has_next = 1;
+        if (i + 1 < total) find_keys(next, a, tile, it->first_head + (i + 1) / it->num_blocks, it->first_block + (i + 1) % it->num_blocks);
+        else if (after) find_keys(next, a, a->plan->tiles + after->tile, after->first_head, after->first_block);
+        else has_next = 0;
+        if (block == it->first_block) begin_head(&s, a, tile, head);
+        run_block(&s, a, tile, head, block, at, has_next ? next : NULL);
+        if (block == it->first_block + it->num_blocks - 1 && tile->partial < 0) write_rows(&s, a, tile, head);
+        KeyRows *swap = at;
+        at = next, next = swap;
+    }
+}
+
+void attention_merge_item(const Attention *a, int64_t item, int tid) {
     int64_t heads = a->pool->num_kv_heads;
     Scratch s;
-    scratch_layout(&s, a->scratch + w->tid * attention_scratch_bytes(a->pool->head_dim, plan->group), a->pool->head_dim, plan->group);
-    run_items(&s, a);
-    if (plan->num_split_tiles == 0) return;
-    pool_barrier(w);
-    for (int64_t i; (i = pool_claim()) < plan->num_split_tiles * heads;) merge_tile(&s, a, plan->tiles + i / heads, i % heads);
+    find_scratch(&s, a, tid);
+    merge_tile(&s, a, a->plan->tiles + item / heads, item % heads);
 }

@@ -35,16 +35,17 @@ typedef struct {
     int64_t partial; /* first slot of its partial results, or -1 when its blocks are computed by one thread */
 } Tile;
 
-/* A run of blocks of a tile. */
+/* What one thread does at a time: a run of blocks of a tile, for a run of kv heads. */
 typedef struct {
-    int64_t tile, first_block, num_blocks, cost;
+    int64_t tile, first_head, num_heads, first_block, num_blocks, cost;
 } Item;
 
 typedef struct {
     Tile *tiles;
     Item *items;
-    int64_t num_tiles, num_items, num_split_tiles, num_partials; /* split tiles come first */
-    int64_t group;                                               /* G */
+    int64_t num_tiles, num_items;
+    int64_t num_partials; /* slots; 0 unless all tiles are split among threads */
+    int64_t group;        /* G */
 } AttentionPlan;
 
 typedef struct {
@@ -63,15 +64,18 @@ typedef struct {
 
 /* Upper bounds for what the plan of a batch needs. */
 int64_t attention_max_tiles(const Batch *batch, int64_t group);
-int64_t attention_max_items(const Batch *batch, int64_t group, int threads);
+int64_t attention_max_items(const Batch *batch, int64_t group, int64_t num_kv_heads, int threads);
 int64_t attention_max_partials(const Batch *batch, int64_t group, int64_t num_kv_heads, int threads);
 int64_t attention_partial_floats(int64_t head_dim);
 int64_t attention_scratch_bytes(int64_t head_dim, int64_t group);
 
 void attention_plan(AttentionPlan *plan, const Batch *batch, int64_t num_heads, int64_t num_kv_heads, int threads);
 
-/* All tiles and heads of one layer; the caller puts a barrier behind it. */
-void attention_stage(Worker *w, const Attention *a);
+/* Item `item` of the plan; `next_item` (or -1) is the one that this thread will probably do next. */
+void attention_item(const Attention *a, int64_t item, int64_t next_item, int tid);
+
+/* When the tiles are split, a second stage merges their blocks: items 0..num_tiles * K - 1. */
+void attention_merge_item(const Attention *a, int64_t item, int tid);
 
 INLINE bf16 *kv_slot(const KvPool *p, int64_t page, int64_t layer, int64_t is_v, int64_t head, int64_t slot) {
     return p->base + (((((page * p->num_layers + layer) * 2 + is_v) * p->num_kv_heads + head) * p->page_size) + slot) * p->head_dim;

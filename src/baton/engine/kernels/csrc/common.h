@@ -60,16 +60,9 @@ INLINE __m512 silu_ps(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-/* pool.c: `threads` threads run one job together. */
-typedef struct {
-    int tid, threads;
-} Worker;
-typedef void (*Job)(Worker *, void *);
-
-void pool_run(int threads, Job job, void *arg);
-/* All threads of the job meet; afterwards `pool_claim` counts from 0 again. */
-void pool_barrier(Worker *w);
-/* The next unclaimed work item of this stage: 0, 1, 2, ... */
-int64_t pool_claim(void);
+/* pool.c: runs items 0..items[stage]-1 of each stage on up to `threads` threads, stage after stage. Every count is at least 1.
+ * Items of a stage are claimed in ascending order. `tid` is below `threads`. */
+typedef void (*RunItem)(void *arg, int64_t stage, int64_t item, int tid);
+void pool_run(int threads, int64_t num_stages, const int32_t *items, RunItem run, void *arg);
 
 #endif

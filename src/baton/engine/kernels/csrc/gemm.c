@@ -1,6 +1,8 @@
 /* Linear layers: packing of the weights and the tiled product with its epilogues (bias, silu(gate) * up, fp32 output). */
 #include "gemm.h"
 
+enum { ITEMS_PER_THREAD = 24 };
+
 /* Row of the source weight that column `lane` of `panel` holds, or -1 for padding. With `pair_offset` > 0 a panel holds 16
  * gate columns and the 16 up columns that belong to them (row + pair_offset in the source). */
 static int64_t source_row(int64_t panel, int64_t lane, int64_t n, int64_t pair_offset) {
@@ -81,13 +83,29 @@ static int64_t block_rows(int64_t k) {
     return fit < 8 * ROW_TILE ? 8 * ROW_TILE : fit;
 }
 
-void gemm_stage(const Linear *lin, Epilogue epilogue, const Rows *rows) {
-    int64_t panels = ceil_div(lin->n, columns_per_panel(epilogue));
-    int64_t blocks = ceil_div(rows->m, block_rows(lin->k));
-    int64_t per_block = round_up(ceil_div(rows->m, blocks), ROW_TILE);
-    for (int64_t item; (item = pool_claim()) < panels * blocks;) {
-        int64_t first = item / panels * per_block;
-        panel_rows(lin, epilogue, rows, item % panels, first, min64(first + per_block, rows->m));
+typedef struct {
+    int64_t panels, blocks, rows_per_block;
+    int64_t run; /* tiles in one item: an item of a few microseconds would be mostly claiming */
+} Cut;
+
+static Cut cut_product(const Linear *lin, Epilogue epilogue, int64_t m, int threads) {
+    Cut c = {.panels = ceil_div(lin->n, columns_per_panel(epilogue)), .blocks = ceil_div(m, block_rows(lin->k))};
+    c.rows_per_block = round_up(ceil_div(m, c.blocks), ROW_TILE);
+    c.run = max64(1, c.panels * c.blocks / (ITEMS_PER_THREAD * threads));
+    return c;
+}
+
+int64_t gemm_items(const Linear *lin, Epilogue epilogue, int64_t m, int threads) {
+    Cut c = cut_product(lin, epilogue, m, threads);
+    return ceil_div(c.panels * c.blocks, c.run);
+}
+
+void gemm_item(const Linear *lin, Epilogue epilogue, const Rows *rows, int threads, int64_t item) {
+    Cut c = cut_product(lin, epilogue, rows->m, threads);
+    int64_t end = min64((item + 1) * c.run, c.panels * c.blocks);
+    for (int64_t tile = item * c.run; tile < end; tile++) {
+        int64_t first = tile / c.panels * c.rows_per_block;
+        panel_rows(lin, epilogue, rows, tile % c.panels, first, min64(first + c.rows_per_block, rows->m));
     }
 }
 
@@ -95,16 +113,19 @@ typedef struct {
     const Linear *lin;
     Epilogue epilogue;
     const Rows *rows;
-} GemmJob;
+    int threads;
+} Product;
 
-static void gemm_job(Worker *w, void *arg) {
-    (void)w;
-    GemmJob *job = arg;
-    gemm_stage(job->lin, job->epilogue, job->rows);
+static void run_product_item(void *arg, int64_t stage, int64_t item, int tid) {
+    (void)stage, (void)tid;
+    const Product *p = arg;
+    gemm_item(p->lin, p->epilogue, p->rows, p->threads, item);
 }
 
-/* One product on its own: the head, tests, benchmarks. */
+/* One product on its own, for tests and benchmarks. */
 void bt_linear(const Linear *lin, int32_t epilogue, const Rows *rows, int32_t threads) {
-    GemmJob job = {lin, (Epilogue)epilogue, rows};
-    if (rows->m > 0) pool_run(threads, gemm_job, &job);
+    if (rows->m == 0) return;
+    Product p = {lin, (Epilogue)epilogue, rows, threads};
+    int32_t items = (int32_t)gemm_items(lin, p.epilogue, rows->m, threads);
+    pool_run(threads, 1, &items, run_product_item, &p);
 }

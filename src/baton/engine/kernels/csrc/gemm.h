@@ -29,8 +29,9 @@ typedef struct {
 INLINE int64_t panel_size(int64_t k) { return k * PANEL; }
 INLINE int64_t columns_per_panel(Epilogue e) { return e == OUT_SILU_MUL ? PANEL / 2 : PANEL; }
 
-/* All tiles of one product, shared by the threads of a job; the caller puts a barrier behind it. */
-void gemm_stage(const Linear *lin, Epilogue epilogue, const Rows *rows);
+/* One product as independent items: their number, and one of them. */
+int64_t gemm_items(const Linear *lin, Epilogue epilogue, int64_t m, int threads);
+void gemm_item(const Linear *lin, Epilogue epilogue, const Rows *rows, int threads, int64_t item);
 
 /* acc[r][0..1] = the 32 columns of one panel for `R` rows of x (bf16, ldx apart), a chain over k pairs. */
 #define MICRO_KERNEL(R)                                                                                              \

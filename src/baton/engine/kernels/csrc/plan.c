@@ -14,11 +14,15 @@ int64_t attention_max_tiles(const Batch *batch, int64_t group) {
     return tiles;
 }
 
-/* Blocks a split tile's item takes at least so many of that the items do not exceed this. */
 static int64_t wanted_items(int threads) { return (int64_t)MIN_ITEMS_PER_THREAD * threads; }
 
-int64_t attention_max_items(const Batch *batch, int64_t group, int threads) {
-    return 2 * attention_max_tiles(batch, group) + wanted_items(threads);
+/* All kv heads of a tile in one item, when that leaves enough items: their pages lie side by side. */
+static int64_t heads_per_item(int64_t num_tiles, int64_t num_kv_heads, int threads) {
+    return num_tiles >= 2 * wanted_items(threads) ? num_kv_heads : 1;
+}
+
+int64_t attention_max_items(const Batch *batch, int64_t group, int64_t num_kv_heads, int threads) {
+    return 2 * attention_max_tiles(batch, group) * num_kv_heads + wanted_items(threads);
 }
 
 static int64_t tile_blocks(const Tile *t) { return ceil_div(t->first_position + t->num_queries, KEY_BLOCK); }
@@ -52,17 +56,19 @@ static int64_t cut_tiles(Tile *tiles, const Batch *batch, int64_t group) {
 static int costlier_first(const void *a, const void *b) {
     const Item *x = a, *y = b;
     if (x->cost != y->cost) return x->cost < y->cost ? 1 : -1;
-    return (x->tile > y->tile) - (x->tile < y->tile);
+    if (x->tile != y->tile) return x->tile > y->tile ? 1 : -1;
+    return (x->first_head > y->first_head) - (x->first_head < y->first_head);
 }
 
 void attention_plan(AttentionPlan *plan, const Batch *batch, int64_t num_heads, int64_t num_kv_heads, int threads) {
     plan->group = num_heads / num_kv_heads;
     plan->num_tiles = cut_tiles(plan->tiles, batch, plan->group);
-    plan->num_items = plan->num_split_tiles = plan->num_partials = 0;
+    plan->num_items = plan->num_partials = 0;
     int64_t total_blocks = 0;
     for (int64_t i = 0; i < plan->num_tiles; i++) total_blocks += plan->tiles[i].num_blocks;
     int split = splits(plan->num_tiles, num_kv_heads, threads);
-    int64_t run = split ? max64(1, ceil_div(total_blocks * num_kv_heads, wanted_items(threads))) : INT64_MAX;
+    int64_t run = split ? max64(1, ceil_div(total_blocks * num_kv_heads, wanted_items(threads))) : INT32_MAX;
+    int64_t heads = split ? 1 : heads_per_item(plan->num_tiles, num_kv_heads, threads);
     for (int64_t i = 0; i < plan->num_tiles; i++) {
         Tile *t = plan->tiles + i;
         int64_t rows = t->num_queries * plan->group;
@@ -70,12 +76,12 @@ void attention_plan(AttentionPlan *plan, const Batch *batch, int64_t num_heads, 
             t->partial = plan->num_partials;
             plan->num_partials += rows * num_kv_heads * t->num_blocks;
         }
-        for (int64_t b = 0; b < t->num_blocks; b += run) {
-            int64_t count = min64(run, t->num_blocks - b);
-            plan->items[plan->num_items++] = (Item){i, b, count, count * (rows + ROW_TILE)};
-            if (run == INT64_MAX) break;
+        for (int64_t head = 0; head < num_kv_heads; head += heads) {
+            for (int64_t b = 0; b < t->num_blocks; b += run) {
+                int64_t count = min64(run, t->num_blocks - b), head_count = min64(heads, num_kv_heads - head);
+                plan->items[plan->num_items++] = (Item){i, head, head_count, b, count, count * head_count * (rows + ROW_TILE)};
+            }
         }
     }
-    if (split) plan->num_split_tiles = plan->num_tiles;
     qsort(plan->items, (size_t)plan->num_items, sizeof(Item), costlier_first);
 }

@@ -1,39 +1,40 @@
-/* A pool of threads that runs one job at a time, with barriers inside the job.
+/* A pool of threads that runs one job at a time: a list of stages, each a number of independent items.
  *
- * Why not OpenMP: a decode step has some 250 barriers 20 us apart, which must be cheap, but two workers may share the same two
- * cores, where long spinning takes the time from the other one. Here every wait spins for at most SPIN_NS and then sleeps
- * on a futex. There is no second OpenMP runtime in the process either.
+ * Nobody waits for a thread, only for work: a thread claims an item, and whoever finishes the last item of a stage opens the
+ * next. A thread that the system has taken off its core between two items is simply not missed. That matters where several
+ * workers share few cores, and it is why this is not OpenMP, whose barriers wait for every thread (and whose second runtime
+ * in a process, beside torch's, is a trap of its own). Waiting threads spin for at most `spin_ns`, then sleep on a futex.
  *
- * Not here: what a job does. One job runs at a time in a process; further callers wait at the lock.
+ * Not here: what an item does. One job runs at a time in a process; further callers wait at the lock.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <pthread.h>
-#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "common.h"
 
-enum { MAX_THREADS = 256, THREADS_MASK = 1023, GENERATION_STEP = 1024 };
+enum { THREAD_BITS = 10, MAX_THREADS = 256 };
+#define ONE_ITEM ((uint64_t)1 << THREAD_BITS)
 
 static struct {
     pthread_mutex_t lock;
     pid_t owner; /* threads do not survive a fork: a child starts its own */
     int started; /* helper threads alive, ids 1..started */
-    Job job;
-    void *arg;
     int64_t spin_ns;
-    /* Jobs handed out so far << 10 | threads of the newest. The count of threads travels in the same word, because a helper
-     * that sits out may look late, when the next job is being set up. */
-    _Alignas(64) _Atomic uint32_t generation;
-    _Alignas(64) _Atomic uint32_t generation_sleepers;
-    _Alignas(64) _Atomic uint32_t arrived; /* at the current barrier */
-    _Alignas(64) _Atomic uint32_t phase;   /* barriers passed so far */
-    _Alignas(64) _Atomic uint32_t phase_sleepers;
-    _Alignas(64) _Atomic int64_t claimed;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .spin_ns = 50000};
+    /* The job. Written only while no item is out, so whoever holds an item may read it. */
+    RunItem run;
+    void *arg;
+    const int32_t *items; /* of each stage, all > 0 */
+    int64_t num_stages, stage;
+    /* serial number of the stage << 32 | unclaimed items << THREAD_BITS | threads that may claim */
+    _Alignas(64) _Atomic uint64_t word;
+    _Alignas(64) _Atomic int32_t done; /* items of this stage */
+    _Alignas(64) _Atomic uint32_t sleepers;
+    _Atomic int running;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .spin_ns = 20000};
 
 static int64_t now_ns(void) {
     struct timespec t;
@@ -41,71 +42,67 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Return when *word differs from `seen`. */
-static void wait_change(_Atomic uint32_t *word, uint32_t seen, _Atomic uint32_t *sleepers, int64_t spin_ns) {
+static uint32_t *serial_address(void) { return (uint32_t *)(void *)&pool.word + 1; /* the upper half: x86 is little-endian */ }
+
+static uint32_t serial(void) { return (uint32_t)(atomic_load(&pool.word) >> 32); }
+
+/* Return when the serial number differs from `seen`. */
+static void wait_for_stage(uint32_t seen) {
     int64_t deadline = 0;
     for (;;) {
-        for (int i = 0; i < 64; i++) {
-            if (atomic_load_explicit(word, memory_order_acquire) != seen) return;
+        for (int i = 0; i < 32; i++) {
+            if (serial() != seen) return;
             _mm_pause();
         }
         int64_t now = now_ns();
-        if (deadline == 0) deadline = now + spin_ns;
+        if (deadline == 0) deadline = now + pool.spin_ns;
         if (now >= deadline) break;
     }
-    atomic_fetch_add(sleepers, 1);
-    while (atomic_load(word) == seen) syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-    atomic_fetch_sub(sleepers, 1);
+    atomic_fetch_add(&pool.sleepers, 1);
+    while (serial() == seen) syscall(SYS_futex, serial_address(), FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    atomic_fetch_sub(&pool.sleepers, 1);
 }
 
-static void wake(_Atomic uint32_t *word, _Atomic uint32_t *sleepers) {
-    if (atomic_load(sleepers)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+/* Only while no item is out. `threads` 0 behind the last stage: the job is over. */
+static void open_stage(int64_t stage, uint64_t threads) {
+    uint64_t next = (atomic_load(&pool.word) >> 32) + 1, items = 0;
+    if (stage < pool.num_stages) items = (uint64_t)pool.items[stage];
+    else atomic_store(&pool.running, 0), threads = 0;
+    pool.stage = stage;
+    atomic_store(&pool.done, 0);
+    atomic_store(&pool.word, next << 32 | items << THREAD_BITS | threads);
+    if (atomic_load(&pool.sleepers)) syscall(SYS_futex, serial_address(), FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
-void pool_barrier(Worker *w) {
-    if (w->threads == 1) {
-        atomic_store_explicit(&pool.claimed, 0, memory_order_relaxed);
-        return;
-    }
-    uint32_t phase = atomic_load_explicit(&pool.phase, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&pool.arrived, 1, memory_order_acq_rel) + 1 == (uint32_t)w->threads) {
-        atomic_store_explicit(&pool.arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&pool.claimed, 0, memory_order_relaxed);
-        atomic_store(&pool.phase, phase + 1);
-        wake(&pool.phase, &pool.phase_sleepers);
-    } else {
-        wait_change(&pool.phase, phase, &pool.phase_sleepers, pool.spin_ns);
-    }
-}
-
-int64_t pool_claim(void) { return atomic_fetch_add_explicit(&pool.claimed, 1, memory_order_relaxed); }
-
-static void *helper_main(void *p) {
-    int tid = (int)(intptr_t)p;
-    uint32_t seen = 0; /* a job older than this helper has too few threads to include it */
+/* Claim and run items; thread 0 returns when its job is over, helpers never do. */
+static void work(int tid) {
     for (;;) {
-        wait_change(&pool.generation, seen, &pool.generation_sleepers, pool.spin_ns);
-        seen = atomic_load(&pool.generation);
-        int threads = (int)(seen & THREADS_MASK);
-        if (tid >= threads) continue;
-        /* This helper takes part, so the job cannot end, nor `job` and `arg` change, before its last barrier below. */
-        Worker w = {tid, threads};
-        pool.job(&w, pool.arg);
-        pool_barrier(&w);
+        uint64_t word = atomic_load(&pool.word), threads = word & (ONE_ITEM - 1);
+        int32_t left = (int32_t)((uint32_t)word >> THREAD_BITS);
+        if (left > 0 && (uint64_t)tid < threads) {
+            if (!atomic_compare_exchange_weak(&pool.word, &word, word - ONE_ITEM)) continue;
+            int64_t stage = pool.stage;
+            int32_t items = pool.items[stage];
+            pool.run(pool.arg, stage, items - left, tid);
+            if (atomic_fetch_add(&pool.done, 1) + 1 == items) open_stage(stage + 1, threads);
+            continue;
+        }
+        if (tid == 0 && !atomic_load(&pool.running)) return;
+        wait_for_stage((uint32_t)(word >> 32));
     }
+}
+
+static void *helper_main(void *tid) {
+    work((int)(intptr_t)tid);
     return NULL;
 }
 
-/* Start helpers up to `threads` - 1; fewer when the system refuses one. Returns the thread count to use. */
-static int ensure_helpers(int threads) {
+/* Start helpers up to `threads` - 1; fewer when the system refuses one. */
+static void ensure_helpers(int threads) {
     if (pool.owner != getpid()) {
         pool.owner = getpid();
         pool.started = 0;
-        atomic_store(&pool.generation, 0);
-        atomic_store(&pool.generation_sleepers, 0);
-        atomic_store(&pool.arrived, 0);
-        atomic_store(&pool.phase, 0);
-        atomic_store(&pool.phase_sleepers, 0);
+        atomic_store(&pool.sleepers, 0);
     }
     while (pool.started < threads - 1) {
         pthread_t thread;
@@ -117,24 +114,17 @@ static int ensure_helpers(int threads) {
         if (failed) break;
         pool.started++;
     }
-    return (int)min64(threads, pool.started + 1);
 }
 
-void pool_run(int threads, Job job, void *arg) {
+void pool_run(int threads, int64_t num_stages, const int32_t *items, RunItem run, void *arg) {
+    if (num_stages == 0) return;
     pthread_mutex_lock(&pool.lock);
     threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-    if (threads > 1) threads = ensure_helpers(threads);
-    atomic_store_explicit(&pool.claimed, 0, memory_order_relaxed);
-    Worker self = {0, threads};
-    if (threads > 1) {
-        pool.job = job;
-        pool.arg = arg;
-        uint32_t generation = atomic_load(&pool.generation);
-        atomic_store(&pool.generation, (generation & ~(uint32_t)THREADS_MASK) + GENERATION_STEP + (uint32_t)threads);
-        wake(&pool.generation, &pool.generation_sleepers);
-    }
-    job(&self, arg);
-    pool_barrier(&self);
+    ensure_helpers(threads);
+    pool.run = run, pool.arg = arg, pool.items = items, pool.num_stages = num_stages;
+    atomic_store(&pool.running, 1);
+    open_stage(0, (uint64_t)threads);
+    work(0);
     pthread_mutex_unlock(&pool.lock);
 }
 

@@ -4,6 +4,7 @@
 typedef struct {
     Attention attention;
     AttentionPlan plan;
+    int threads;
 } AttentionStep;
 
 static char *layout(AttentionStep *s, char *base, const Batch *batch, const KvPool *pool, int64_t num_heads, int threads) {
@@ -11,7 +12,7 @@ static char *layout(AttentionStep *s, char *base, const Batch *batch, const KvPo
     s->plan.tiles = (Tile *)base;
     base += round_up(attention_max_tiles(batch, group) * (int64_t)sizeof(Tile), 64);
     s->plan.items = (Item *)base;
-    base += round_up(attention_max_items(batch, group, threads) * (int64_t)sizeof(Item), 64);
+    base += round_up(attention_max_items(batch, group, pool->num_kv_heads, threads) * (int64_t)sizeof(Item), 64);
     s->attention.partials = (float *)base;
     base += round_up(attention_max_partials(batch, group, pool->num_kv_heads, threads) * attention_partial_floats(pool->head_dim) * 4, 64);
     s->attention.scratch = base;
@@ -23,7 +24,12 @@ int64_t bt_attention_scratch_bytes(const Batch *batch, const KvPool *pool, int64
     return layout(&s, NULL, batch, pool, num_heads, threads) - (char *)NULL;
 }
 
-static void attention_job(Worker *w, void *arg) { attention_stage(w, &((AttentionStep *)arg)->attention); }
+static void run_item(void *arg, int64_t stage, int64_t item, int tid) {
+    const AttentionStep *s = arg;
+    int64_t next = item + s->threads < s->plan.num_items ? item + s->threads : -1;
+    if (stage == 0) attention_item(&s->attention, item, next, tid);
+    else attention_merge_item(&s->attention, item, tid);
+}
 
 /* q, out [T, H, D] bf16, rows ldq and ldo elements apart; the keys and values of the batch are in the pool already. */
 void bt_attention(const Batch *batch, const KvPool *pool, int64_t num_heads, int64_t layer, float scale, const bf16 *q,
@@ -34,7 +40,9 @@ void bt_attention(const Batch *batch, const KvPool *pool, int64_t num_heads, int
     s.attention.plan = &s.plan, s.attention.pool = pool, s.attention.batch = batch;
     s.attention.q = q, s.attention.ldq = ldq, s.attention.out = out, s.attention.ldo = ldo;
     s.attention.layer = layer, s.attention.scale = scale;
-    if (batch->num_tokens > 0) pool_run(threads, attention_job, &s);
+    s.threads = threads;
+    int32_t items[] = {(int32_t)s.plan.num_items, (int32_t)(s.plan.num_tiles * pool->num_kv_heads)};
+    if (batch->num_tokens > 0) pool_run(threads, s.plan.num_partials ? 2 : 1, items, run_item, &s);
 }
 
 /* k, v [T, K, D] bf16, rows ldk and ldv elements apart -> their slots in the pool. */
