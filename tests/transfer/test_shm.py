@@ -29,22 +29,33 @@ class UnsealedMemory:
         self.array = np.zeros((self.num_pages, self.page_bytes), dtype=np.uint8)
 
 
+class Servers:
+    """Offers on a transfer's thread, closed at the end."""
+
+    def __init__(self) -> None:
+        self.thread = TransferThread("test", 1, lambda: None)
+        self.started: list[ShmServer] = []
+
+    def serve(self, pages: PageMemory | UnsealedMemory) -> ShmServer:
+        server = ShmServer(pages)
+        self.thread.ask(lambda: server.start(self.thread.loop))
+        self.started.append(server)
+        return server
+
+    def close(self) -> None:
+        self.thread.close(lambda: [server.close() for server in self.started] and None)
+
+
 @pytest.fixture
-def thread() -> Iterator[TransferThread]:
-    thread = TransferThread("test", 1, lambda: None)
-    yield thread
-    thread.close(lambda: None)
+def servers() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    servers.close()
 
 
-def serve(thread: TransferThread, pages: PageMemory | UnsealedMemory) -> ShmServer:
-    server = ShmServer(pages)
-    thread.ask(lambda: thread.start(server.serve(), "serve") and None)
-    return server
-
-
-def test_the_pool_is_mapped_and_cannot_be_written(thread: TransferThread) -> None:
+def test_the_pool_is_mapped_and_cannot_be_written(servers: Servers) -> None:
     with PageMemory.create(4, PAGE_BYTES) as memory:
-        remote = RemotePages.map(serve(thread, memory).offer(), PAGE_BYTES)
+        remote = RemotePages.map(servers.serve(memory).offer(), PAGE_BYTES)
         memory.array[3] = 9
         assert (remote.array[3] == 9).all()
         assert remote.num_pages == 4
@@ -52,9 +63,9 @@ def test_the_pool_is_mapped_and_cannot_be_written(thread: TransferThread) -> Non
             remote.array[0] = 1
 
 
-def test_a_wrong_or_withdrawn_nonce_gets_nothing(thread: TransferThread) -> None:
+def test_a_wrong_or_withdrawn_nonce_gets_nothing(servers: Servers) -> None:
     with PageMemory.create(4, PAGE_BYTES) as memory:
-        server = serve(thread, memory)
+        server = servers.serve(memory)
         offer = server.offer()
         with pytest.raises((TransferError, OSError)):
             RemotePages.map(ShmOffer(offer.socket_name, bytes(16), 4), PAGE_BYTES)
@@ -64,32 +75,31 @@ def test_a_wrong_or_withdrawn_nonce_gets_nothing(thread: TransferThread) -> None
         assert RemotePages.map(server.offer(), PAGE_BYTES).num_pages == 4
 
 
-def test_another_user_gets_nothing(thread: TransferThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_user_gets_nothing(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     with PageMemory.create(4, PAGE_BYTES) as memory:
-        offer = serve(thread, memory).offer()
+        offer = servers.serve(memory).offer()
         monkeypatch.setattr(shm, "_peer_uid", lambda _: os.geteuid() + 1)
         with pytest.raises((TransferError, OSError)):
             RemotePages.map(offer, PAGE_BYTES)
 
 
-def test_memory_of_another_size_or_without_seal_is_refused(thread: TransferThread) -> None:
+def test_memory_of_another_size_or_without_seal_is_refused(servers: Servers) -> None:
     with PageMemory.create(4, PAGE_BYTES) as memory:
-        offer = serve(thread, memory).offer()
+        offer = servers.serve(memory).offer()
         with pytest.raises(TransferError, match="instead of 5 pages"):
             RemotePages.map(ShmOffer(offer.socket_name, offer.nonce, 5), PAGE_BYTES)
     unsealed = UnsealedMemory()
     with pytest.raises(TransferError, match="not sealed"):
-        RemotePages.map(serve(thread, unsealed).offer(), PAGE_BYTES)
+        RemotePages.map(servers.serve(unsealed).offer(), PAGE_BYTES)
     os.close(unsealed.fd)
 
 
-def test_a_silent_stranger_does_not_keep_others_out(thread: TransferThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "_TIMEOUT_S", 0.2)
+def test_a_silent_stranger_does_not_keep_others_out(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "_TIMEOUT_S", 60.0)  # Longer than the test may take: dropping the stranger cannot help.
     with PageMemory.create(4, PAGE_BYTES) as memory:
-        offer = serve(thread, memory).offer()
+        offer = servers.serve(memory).offer()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
             stranger.connect(f"\0{offer.socket_name}")
-            monkeypatch.setattr(shm, "_TIMEOUT_S", 30.0)
             assert RemotePages.map(offer, PAGE_BYTES).num_pages == 4
 
 

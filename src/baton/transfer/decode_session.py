@@ -153,7 +153,7 @@ class DecodeSession:
             self.drop(f"internal error: {error!r}")
 
     async def _greet(self, sock: socket.socket) -> None:
-        self._wire = Wire(sock, self._on_frame, self.drop)
+        self._wire = Wire(self._thread.loop, sock, self._on_frame, self.drop)
         self._send(self._context.hello)
         reply = await self._hello_reply
         if isinstance(reply, Refuse):

@@ -7,6 +7,7 @@ Owns the thread, the listener for decode ranks and the registration with the boo
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import logging
 import socket
 import threading
@@ -20,6 +21,7 @@ from baton.transfer.bootstrap import Registration, register
 from baton.transfer.config import TransferConfig, TransferConfigError
 from baton.transfer.errors import TransferError, aborted, broken, room_in_use
 from baton.transfer.fake import FakePrefillTransfer
+from baton.transfer.listener import Listener
 from baton.transfer.pages import Pages
 from baton.transfer.prefill_rooms import PrefillRooms
 from baton.transfer.prefill_session import PrefillContext, PrefillSession
@@ -75,6 +77,7 @@ class RankPrefillTransfer:
         self._num_pages = memory.num_pages
         self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.
         self._sessions: set[PrefillSession] = set()
+        self._session_numbers = itertools.count(1)
         self._registered = threading.Event()
         self._listener = _listen(host)
         self.address: tuple[str, int] = (_advertised(host, bootstrap[0]), self._listener.getsockname()[1])
@@ -139,32 +142,27 @@ class RankPrefillTransfer:
         self._thread.post(run)
 
     def _start(self) -> None:
-        self._thread.start(self._accept(), "accept decode sessions")
+        self._listening = Listener(self._thread.loop, self._listener, self._connected)
         self._thread.start(self._keep_registered(), "register")
         if self._context.shm is not None:
-            self._thread.start(self._context.shm.serve(), "offer shared memory")
+            self._context.shm.start(self._thread.loop)
 
     def _stop(self) -> None:
+        self._listening.close()
+        if self._context.shm is not None:
+            self._context.shm.close()
         self._rooms.close("the prefill worker is shutting down")
         for session in list(self._sessions):
             session.drop("the prefill worker is shutting down")
 
-    async def _accept(self) -> None:
-        with self._listener:
-            while True:
-                try:
-                    connection, peer = await self._thread.loop.sock_accept(self._listener)
-                except OSError as error:  # Out of descriptors, connection gone again: the listener stays.
-                    log.warning("cannot accept a decode session", extra={"reason": str(error)})
-                    await asyncio.sleep(_REGISTER_RETRY_S)
-                    continue
-                if len(self._sessions) >= _MAX_SESSIONS:
-                    log.warning("too many decode sessions", extra={"peer": str(peer)})
-                    connection.close()
-                    continue
-                session = PrefillSession(self._context, f"{peer[0]}:{peer[1]}", self._sessions.discard)
-                self._sessions.add(session)
-                session.attach(Wire(connection, session.on_frame, session.on_lost))
+    def _connected(self, connection: socket.socket) -> None:
+        if len(self._sessions) >= _MAX_SESSIONS:
+            log.warning("too many decode sessions")
+            connection.close()
+            return
+        session = PrefillSession(self._context, f"session {next(self._session_numbers)}", self._sessions.discard)
+        self._sessions.add(session)
+        session.attach(Wire(self._thread.loop, connection, session.on_frame, session.on_lost))
 
     async def _keep_registered(self) -> None:
         """Register, and go on doing so: a bootstrap server that was restarted must learn about us again."""
@@ -212,7 +210,6 @@ def _listen(host: str) -> socket.socket:
     try:
         listener.bind(address)
         listener.listen(128)
-        listener.setblocking(False)
     except OSError:
         listener.close()
         raise

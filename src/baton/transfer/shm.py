@@ -14,12 +14,14 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from baton.transfer.errors import TransferError
 from baton.transfer.frames import ShmOffer
+from baton.transfer.listener import Listener
 from baton.transfer.pages import Pages
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,12 @@ class ShmServer:
         """Raises OSError where abstract Unix sockets are not to be had."""
         self._pages = pages
         self._nonces: set[bytes] = set()
+        self._listening: Listener | None = None
         self._name = f"baton-kv-{secrets.token_hex(16)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listener.bind(f"\0{self._name}")
             self._listener.listen(64)
-            self._listener.setblocking(False)
         except OSError:
             self._listener.close()
             raise
@@ -56,30 +58,37 @@ class ShmServer:
     def withdraw(self, offer: ShmOffer) -> None:
         self._nonces.discard(offer.nonce)
 
-    async def serve(self) -> None:
-        """Answer until cancelled."""
-        loop = asyncio.get_running_loop()
-        with self._listener:
-            while True:
-                connection, _ = await loop.sock_accept(self._listener)
-                # One at a time is enough: an answer takes microseconds, a silent stranger is dropped after the time limit.
-                with connection, contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(_TIMEOUT_S):
-                        await self._answer(connection)
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer from now on; call on the loop."""
+        self._listening = Listener(
+            loop, self._listener, lambda connection: _in_background(loop, lambda: self._answer(connection))
+        )
 
-    async def _answer(self, connection: socket.socket) -> None:
-        if _peer_uid(connection) != os.geteuid():
-            log.warning("shared memory refused: other user", extra={"uid": _peer_uid(connection)})
-            return
-        nonce = await asyncio.get_running_loop().sock_recv(connection, _NONCE_BYTES)
-        if nonce not in self._nonces:
-            log.warning("shared memory refused: unknown nonce")
-            return
-        fd = _read_only(self._pages.fd)
-        try:
-            socket.send_fds(connection, [b"\1"], [fd])
-        finally:
-            os.close(fd)
+    def close(self) -> None:
+        """Call on the loop."""
+        if self._listening is not None:
+            self._listening.close()
+        self._listener.close()
+
+    def _answer(self, connection: socket.socket) -> None:
+        """Blocks for at most the time limit, on a thread of its own: a silent stranger holds up nobody else."""
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(_TIMEOUT_S)
+            if (uid := _peer_uid(connection)) != os.geteuid():
+                log.warning("shared memory refused: other user", extra={"uid": uid})
+                return
+            if connection.recv(_NONCE_BYTES) not in self._nonces:
+                log.warning("shared memory refused: unknown nonce")
+                return
+            fd = _read_only(self._pages.fd)
+            try:
+                socket.send_fds(connection, [b"\1"], [fd])
+            finally:
+                os.close(fd)
+
+
+def _in_background(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    loop.run_in_executor(None, work)
 
 
 class RemotePages:

@@ -19,13 +19,20 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 4096
 """Small on purpose: at most this much of a page body passes through the buffer instead of landing in its page."""
+_READ_ON_BYTES = 8 << 20
 _MAX_BUFFERS = 16
 
 
 class Wire:
     """Owns the socket. `on_lost(reason)` is called exactly once, when the connection ends for any reason but `close`."""
 
-    def __init__(self, sock: socket.socket, on_frame: Callable[[Frame], None], on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_frame: Callable[[Frame], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -34,7 +41,7 @@ class Wire:
         self._sock = sock
         self._on_frame = on_frame
         self._on_lost = on_lost
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._closed = False
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._start = self._end = 0  # Unparsed bytes of _buffer.
@@ -114,18 +121,19 @@ class Wire:
             self.read_into(scratch[: len(self._sink)], _nothing)
 
     def _on_readable(self) -> None:
+        """Read on while a body is coming, up to a limit: a trip through the event loop costs as much as a small read."""
+        budget = _READ_ON_BYTES
         try:
-            count = self._receive()
+            while budget > 0 and not self._closed:
+                count = self._receive()
+                if count == 0:
+                    raise TransferError("connection closed by the peer")
+                self._parse()
+                budget = budget - count if self._sink is not None else 0
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.fail(f"connection broken: {error}")
-            return
-        if count == 0:
-            self.fail("connection closed by the peer")
-            return
-        try:
-            self._parse()
         except TransferError as error:
             self.fail(str(error))
         except Exception as error:  # A bug of ours in a handler: reported here, costs this session and not the thread.
