@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from baton.router.config import (
+    DURATION_BUCKETS_S,
     BreakerConfig,
     CacheAwareConfig,
     HealthConfig,
@@ -46,15 +47,15 @@ _POLICY_NAMES: dict[str, PolicyName] = {
     "cache_aware": "cache_aware",
 }
 _NO_EFFECT_FLAGS = ("--rust-lb", "--mini-lb", "--dp-aware", "--enable-igw", "--tokenizer-cache-enable-l0",
-                    "--tokenizer-cache-enable-l1", "--enable-trace", "--control-plane-audit-enabled")  # fmt: skip
+                    "--tokenizer-cache-enable-l1", "--enable-trace")  # fmt: skip
 _NO_EFFECT_VALUES = (
     "--log-interval", "--bucket-adjust-interval-secs", "--max-idle-secs", "--assignment-mode", "--log-dir",
-    "--worker-startup-timeout-secs", "--worker-startup-check-interval", "--rate-limit-tokens-per-second",
+    "--worker-startup-timeout-secs", "--worker-startup-check-interval",
     "--model-path", "--tokenizer-path", "--chat-template", "--tokenizer-cache-l0-max-entries",
     "--tokenizer-cache-l1-max-memory", "--reasoning-parser", "--tool-call-parser", "--history-backend",
     "--otlp-traces-endpoint",
 )  # fmt: skip
-_NO_EFFECT_LISTS = ("--prometheus-duration-buckets", "--cors-allowed-origins")
+_NO_EFFECT_LISTS = ("--cors-allowed-origins",)
 _UNSUPPORTED = {
     "--service-discovery": "workers are given by URL (--prefill, --decode, --worker-urls) or added with POST /workers",
     "--tls-cert-path": "the router speaks plain HTTP; put TLS in front of it",
@@ -62,6 +63,19 @@ _UNSUPPORTED = {
     "--client-cert-path": "workers are spoken to over plain HTTP",
     "--client-key-path": "workers are spoken to over plain HTTP",
     "--mcp-config-path": "there is no tool server client in the router",
+    "--rate-limit-tokens-per-second": "limit requests in progress with --max-concurrent-requests",
+}
+_UNSUPPORTED_PREFIXES = {
+    "--service-discovery-": _UNSUPPORTED["--service-discovery"],
+    "--selector": _UNSUPPORTED["--service-discovery"],
+    "--prefill-selector": _UNSUPPORTED["--service-discovery"],
+    "--decode-selector": _UNSUPPORTED["--service-discovery"],
+    "--oracle-": "the router keeps no history",
+    "--postgres-": "the router keeps no history",
+    "--redis-": "the router keeps no history",
+    "--jwt-": "clients are known by --api-key only",
+    "--control-plane-": "clients are known by --api-key only",
+    "--ca-cert-paths": "workers are spoken to over plain HTTP",
 }
 
 
@@ -71,8 +85,11 @@ class _Parser(argparse.ArgumentParser):
 
     def refuse_unknown(self, unknown: Sequence[str]) -> NoReturn:
         flag = next((token for token in unknown if token.startswith("-")), unknown[0]).partition("=")[0]
-        if flag in _UNSUPPORTED:
-            self.error(f"{flag} is not supported: {_UNSUPPORTED[flag]}")
+        reason = _UNSUPPORTED.get(flag) or next(
+            (why for prefix, why in _UNSUPPORTED_PREFIXES.items() if flag.startswith(prefix)), None
+        )
+        if reason is not None:
+            self.error(f"{flag} is not supported: {reason}")
         near = difflib.get_close_matches(flag, self.known_flags(), 1, 0.5)
         self.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
@@ -122,6 +139,7 @@ def build_parser(flavour: Flavour) -> _Parser:
     add("--request-id-headers", nargs="*", default=list(RouterConfig.request_id_headers))
     add("--prometheus-host", default=RouterConfig.prometheus_host)
     add("--prometheus-port", type=int, help="a second port for /metrics (always on the main port too)")
+    add("--prometheus-duration-buckets", nargs="+", type=float, default=list(DURATION_BUCKETS_S), metavar="SECONDS")
     add("--log-level", default="info", choices=["debug", "info", "warn", "error"])
     add("--access-log", action="store_true", help="one log line per request")
     _add_compatibility_flags(parser)
@@ -196,6 +214,7 @@ def parse_args(argv: Sequence[str], flavour: Flavour = BATON) -> tuple[RouterCon
         request_id_headers=tuple(args.request_id_headers),
         prometheus_host=args.prometheus_host,
         prometheus_port=args.prometheus_port,
+        duration_buckets_s=tuple(args.prometheus_duration_buckets),
         log_level=args.log_level,
         access_log=args.access_log,
     )  # fmt: skip
@@ -280,6 +299,9 @@ def _check_numbers(parser: _Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value < 65536:
             parser.error(f"--{name.replace('_', '-')} must be a port number, got {value}")
+    buckets = args.prometheus_duration_buckets
+    if buckets != sorted(set(buckets)):
+        parser.error("--prometheus-duration-buckets must ascend")
     if args.max_concurrent_requests == 0:
         parser.error("--max-concurrent-requests must be at least 1, or -1 for no limit")
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+DURATION_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
 PolicyName = Literal["random", "round_robin", "power_of_two", "cache_aware"]
 Role = Literal["prefill", "decode", "regular"]
 
@@ -103,5 +106,7 @@ class RouterConfig:
     prometheus_host: str = "127.0.0.1"
     prometheus_port: int | None = None
     """A second listener for /metrics; None: only the main port."""
+    duration_buckets_s: tuple[float, ...] = DURATION_BUCKETS_S
+    """Upper bounds of the duration histograms, ascending."""
     log_level: str = "info"
     access_log: bool = False

@@ -42,7 +42,7 @@ class Core:
         self.config = config
         self.loop = loop
         self.rng = rng
-        self.metrics = Metrics()
+        self.metrics = Metrics(config.duration_buckets_s)
         self.admission = Admission(config.limits)
         self.exchanges: set[Exchange] = set()
         names = {"prefill": config.prefill_policy, "decode": config.decode_policy}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from baton.router.workers import Worker
 
-BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _BREAKER_STATES = {"closed": 0, "open": 1, "half_open": 2}
 Labels = tuple[tuple[str, str], ...]
 
@@ -43,7 +42,7 @@ class Histogram:
 class Metrics:
     """Everything counted since the start. Keys are label values in the order of `render`."""
 
-    def __init__(self, buckets_s: tuple[float, ...] = BUCKETS_S) -> None:
+    def __init__(self, buckets_s: tuple[float, ...]) -> None:
         self._buckets_s = buckets_s
         self.http_requests: Counter[tuple[bytes, bytes]] = Counter()
         self.http_responses: Counter[tuple[bytes, int]] = Counter()
