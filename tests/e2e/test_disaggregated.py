@@ -51,7 +51,7 @@ def test_pages_have_one_owner_after_everything(disaggregated: Service) -> None:
         if name != "router":
             status, text = process.get("/get_server_info")
             assert status == 200
-            assert json.loads(text)["internal_states"][0]["integrity"] == "ok", (name, text)
+            assert json.loads(text)["page_ownership"] == "ok", (name, text)
 
 
 def test_a_worker_refuses_a_request_without_a_room(disaggregated: Service) -> None:

@@ -83,7 +83,7 @@ def assemble(args: EngineArgs, wake: Wake) -> Engine:
         device=device,
         kv=kv,
         num_positions=context_len,
-        attention_backend=args.attention_backend or "auto",
+        attention_backend=args.own_attention_backend,
     )
     load_weights_s = time.monotonic() - started_s
     layout = PageLayout(

@@ -49,6 +49,8 @@ class RankLoop:
         self._runner = engine.runner
         self._transfer = engine.transfer
         self._channel = channel
+        self._was_busy = False
+        """A batch ran since the last self-check."""
 
     def run(self) -> None:
         timeout_s: float | None = 0.0
@@ -70,6 +72,7 @@ class RankLoop:
         self._publish(self._scheduler.drain_outputs(time.monotonic()))
         for action in self._scheduler.drain_actions():
             self._perform(action)
+        self._was_busy |= batch is not None
         return batch is not None
 
     def _forward(self, batch: ForwardBatch) -> ForwardOutput | None:
@@ -130,6 +133,11 @@ class RankLoop:
                 assert_never(action)
 
     def _idle_timeout_s(self) -> float | None:
+        if self._was_busy and self._scheduler.is_idle:
+            self._was_busy = False
+            reply = self._check_integrity(0)
+            if not reply.ok:
+                logger.error("page ownership is broken; please report this: %s", reply.message)
         deadline = self._scheduler.next_deadline()
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 

@@ -119,10 +119,20 @@ async def server_info(ctx: ServerContext, request: Request) -> Response:
         "context_length": ctx.ready.context_len,
         "disaggregation_bootstrap_port": ctx.ready.bootstrap_port or ctx.args.disaggregation_bootstrap_port,
         "internal_states": [internal],
+        "page_ownership": await _page_ownership(ctx),
         "ignored_request_fields": ctx.unknown_fields,
         "version": baton.__version__,
     }
     return json_response(info)
+
+
+async def _page_ownership(ctx: ServerContext) -> str:
+    """ "ok", or what the rank's self-check found: each page must be exactly one of free, evictable, protected, in use."""
+    try:
+        reply = await ctx.client.check_integrity(SNAPSHOT_TIMEOUT_S)
+    except RankLostError as error:
+        return f"not checked: {error}"
+    return "ok" if reply.ok else reply.message
 
 
 async def load(ctx: ServerContext, request: Request) -> Response:

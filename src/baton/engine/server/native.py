@@ -171,7 +171,9 @@ class GenerateWriter:
 
     def _logprobs(self, one: Generation) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        sides = (("input", one.input_logprobs), ("output", one.logprobs))
+        # Routers put the prefill's prompt log-probabilities in front of the decode's (mini_lb), so ours must be empty.
+        is_merged = self._ctx.args.disaggregation_mode == "decode"
+        sides = (("input", [] if is_merged else one.input_logprobs), ("output", one.logprobs))
         for side, logprobs in sides:
             found[f"{side}_token_logprobs"] = [self._triple(each.logprob, each.token_id) for each in logprobs]
         if one.submit.top_logprobs_num:
