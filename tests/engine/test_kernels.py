@@ -1,6 +1,7 @@
 """The C kernels on their own: linear layers against torch, and what happens where they cannot be built."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref
 from pathlib import Path
 
@@ -112,7 +113,34 @@ def test_without_kernels_one_note_is_logged(monkeypatch: pytest.MonkeyPatch, cap
     assert "torch computes instead" in record.getMessage()
 
 
+@pytest.fixture
+def counting_compiler(tmp_path: Path) -> tuple[Path, Path]:
+    """(a compiler that writes its output and a line into a log, the log)."""
+    log, script = tmp_path / "compiler.log", tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\necho built >> {log}\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
+    script.chmod(0o755)
+    return script, log
+
+
 @needs_kernels
-def test_a_build_is_found_again(tmp_path: Path) -> None:
-    first = build_library(tmp_path)
-    assert build_library(tmp_path, compiler="no-such-compiler") == first
+def test_builders_wait_for_one_another_and_find_the_build(tmp_path: Path, counting_compiler: tuple[Path, Path]) -> None:
+    script, log = counting_compiler
+    with ThreadPoolExecutor(4) as executor:
+        futures = [executor.submit(build_library, tmp_path / "cache", str(script)) for _ in range(4)]
+        libraries = {future.result() for future in futures}
+    assert len(libraries) == 1 and libraries.pop().read_text() == "library\n"
+    assert log.read_text() == "built\n"
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.suffix not in (".so", ".lock")]
+
+
+@needs_kernels
+def test_changed_sources_are_built_anew(
+    tmp_path: Path, counting_compiler: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "a.c").write_text("int a;")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    first = build_library(tmp_path, str(counting_compiler[0]))
+    (sources / "a.c").write_text("int b;")
+    assert build_library(tmp_path, str(counting_compiler[0])) != first

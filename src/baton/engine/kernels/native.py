@@ -88,7 +88,6 @@ class ModelStruct(Structure):
 
 # name -> (result, arguments); structures go by reference
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "bt_set_spin_ns": (None, (c_int64,)),
     "bt_packed_size": (c_int64, (c_int64, c_int64, c_int32)),
     "bt_pack": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int32)),
     "bt_linear": (None, (POINTER(LinearStruct), c_int32, POINTER(RowsStruct), c_int32)),

@@ -91,7 +91,7 @@ class TorchDecoder:
     def _attend(self, index: int, layer: _Layer, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         sizes, dim = self._sizes, self._config.head_dim
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, dim)
-        q, k, v = qkv.split((sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q, layer.q_norm, self._config.rms_norm_eps)
             k = rms_norm(k, layer.k_norm, self._config.rms_norm_eps)

@@ -3,7 +3,7 @@
  * Nobody waits for a thread, only for work: a thread claims an item, and whoever finishes the last item of a stage opens the
  * next. A thread that the system has taken off its core between two items is simply not missed. That matters where several
  * workers share few cores, and it is why this is not OpenMP, whose barriers wait for every thread (and whose second runtime
- * in a process, beside torch's, is a trap of its own). Waiting threads spin for at most `spin_ns`, then sleep on a futex.
+ * in a process, beside torch's, is a trap of its own). Waiting threads spin for at most SPIN_NS, then sleep on a futex.
  *
  * Not here: what an item does. One job runs at a time in a process; further callers wait at the lock.
  */
@@ -16,6 +16,8 @@
 
 #include "common.h"
 
+/* Longer than most stages' tails, short enough that an idle worker takes nothing from others on its cores. */
+enum { SPIN_NS = 20000 };
 enum { THREAD_BITS = 10, MAX_THREADS = 256 };
 #define ONE_ITEM ((uint64_t)1 << THREAD_BITS)
 
@@ -23,7 +25,6 @@ static struct {
     pthread_mutex_t lock;
     pid_t owner; /* threads do not survive a fork: a child starts its own */
     int started; /* helper threads alive, ids 1..started */
-    int64_t spin_ns;
     /* The job. Written only while no item is out, so whoever holds an item may read it. */
     RunItem run;
     void *arg;
@@ -34,7 +35,7 @@ static struct {
     _Alignas(64) _Atomic int32_t done; /* items of this stage */
     _Alignas(64) _Atomic uint32_t sleepers;
     _Atomic int running;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .spin_ns = 20000};
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static int64_t now_ns(void) {
     struct timespec t;
@@ -55,7 +56,7 @@ static void wait_for_stage(uint32_t seen) {
             _mm_pause();
         }
         int64_t now = now_ns();
-        if (deadline == 0) deadline = now + pool.spin_ns;
+        if (deadline == 0) deadline = now + SPIN_NS;
         if (now >= deadline) break;
     }
     atomic_fetch_add(&pool.sleepers, 1);
@@ -125,12 +126,5 @@ void pool_run(int threads, int64_t num_stages, const int32_t *items, RunItem run
     atomic_store(&pool.running, 1);
     open_stage(0, (uint64_t)threads);
     work(0);
-    pthread_mutex_unlock(&pool.lock);
-}
-
-/* How long a waiting thread spins before it sleeps. Longer helps a lone worker, shorter the others on the same cores. */
-void bt_set_spin_ns(int64_t spin_ns) {
-    pthread_mutex_lock(&pool.lock);
-    pool.spin_ns = spin_ns;
     pthread_mutex_unlock(&pool.lock);
 }
