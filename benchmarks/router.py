@@ -86,7 +86,10 @@ DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
 class Backend(asyncio.Protocol):
-    def __init__(self) -> None:
+    """`is_first`: the one that is the prefill worker in PD mode; a prefill's stream has one event."""
+
+    def __init__(self, is_first: bool) -> None:
+        self.is_first = is_first
         self.parser = httptools.HttpRequestParser(self)
         self.path = b""
         self.body: list[bytes] = []
@@ -123,7 +126,9 @@ class Backend(asyncio.Protocol):
         if self.path in (b"/v1/chat/completions", b"/generate"):
             body = b"".join(self.body)
             if b'"stream":true' in body or b'"stream": true' in body:
-                asyncio.get_running_loop().create_task(self.stream(self.wants_ids))
+                is_prefill = self.is_first and b'"bootstrap_room"' in body
+                stream = self.stream(self.wants_ids, 1 if is_prefill else STREAM_EVENTS)
+                asyncio.get_running_loop().create_task(stream)
             else:
                 self.transport.write(ANSWER)
         elif b"model_info" in self.path:
@@ -135,12 +140,13 @@ class Backend(asyncio.Protocol):
         else:
             self.transport.write(_response(b""))
 
-    async def stream(self, with_ids: bool) -> None:
+    async def stream(self, with_ids: bool, num_events: int) -> None:
         if self.transport is not None:
             self.transport.write(SSE_HEAD)
         event = EVENT_WITH_IDS if with_ids else EVENT
-        for _ in range(STREAM_EVENTS):
-            await asyncio.sleep(EVENT_INTERVAL_S)
+        for _ in range(num_events):
+            if num_events > 1:
+                await asyncio.sleep(EVENT_INTERVAL_S)
             if self.transport is None:
                 return
             self.transport.write(event)
@@ -148,9 +154,9 @@ class Backend(asyncio.Protocol):
             self.transport.write(DONE)
 
 
-def run_backend(port: int) -> None:
+def run_backend(port: int, is_first: bool) -> None:
     async def serve() -> None:
-        server = await asyncio.get_running_loop().create_server(Backend, HOST, port, backlog=1024)
+        server = await asyncio.get_running_loop().create_server(lambda: Backend(is_first), HOST, port, backlog=1024)
         await server.serve_forever()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -426,7 +432,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "router.json")
     args = parser.parse_args()
     ports = [free_port(), free_port()]
-    backends = [multiprocessing.Process(target=run_backend, args=(port,), daemon=True) for port in ports]
+    backends = [
+        multiprocessing.Process(target=run_backend, args=(port, port == ports[0]), daemon=True) for port in ports
+    ]
     for backend in backends:
         backend.start()
     load_before = os.getloadavg()
@@ -439,7 +447,7 @@ def main() -> None:
         for backend in backends:
             backend.terminate()
     document = {
-        "command": "python benchmarks/router.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/router.py --sglang-router-python VENV/bin/python --rounds " + str(args.rounds),
         "machine": machine(),
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "settings": {name: value for name, value in vars(args).items() if name not in ("out", "sglang_router_python")},

@@ -88,6 +88,8 @@ class Faults:
     """Take generations and never answer."""
     queue_full_over: int | None = None
     """503 for a generation while so many are running."""
+    no_answer: bool = False
+    """Prefill: hand over, then never answer."""
     no_transfer: bool = False
     """Prefill: take the room's request, never hand over."""
 
@@ -279,6 +281,8 @@ class _Connection(asyncio.Protocol):
                 await asyncio.Event().wait()
             for room in rooms:
                 worker.fabric.room(room).set()
+            if faults.no_answer:
+                await asyncio.Event().wait()
         elif worker.role == "decode":
             for room in rooms:
                 await worker.fabric.room(room).wait()

@@ -256,3 +256,19 @@ async def test_a_failed_transfer_avoids_the_prefill_worker_too():
         b.decode[0].faults.error_headers = "x-baton-retryable: 1\r\nx-baton-error-stage: transfer\r\n"
         assert (await b.ask("/v1/completions", BODY)).status == 200
         assert len(b.prefill[1].seen) == len(b.decode[1].seen) == 1
+
+
+async def test_a_retry_avoids_the_worker_that_failed_whatever_the_policy_likes():
+    async with bed(decode=2, decode_policy="cache_aware") as b:
+        assert (await b.ask("/v1/completions", BODY)).status == 200
+        liked = next(worker for worker in b.decode if worker.seen)
+        liked.faults.status = 500
+        assert (await b.ask("/v1/completions", BODY)).status == 200
+        assert len(liked.seen) == 2
+
+
+async def test_a_refused_connection_takes_a_worker_out_at_once():
+    async with bed() as b:
+        worker = b.router.core.registry.by_role["decode"][0]
+        b.router.core.on_connect_failure(worker, "refused")
+        assert not worker.is_available

@@ -180,13 +180,16 @@ async def test_a_worker_that_cannot_resume_never_repeats_text():
 
 async def test_the_death_of_prefill_after_the_first_event_is_ignored():
     async with bed(prefill=1, decode=1) as b:
+        b.prefill[0].faults.no_answer = True
         b.decode[0].gate, b.decode[0].gate_at = asyncio.Event(), 2
         client = await connect(b.router.port)
         client.send(http_request("/v1/completions", COMPLETION))
         await client.body_with(b"data: ")
         b.prefill[0].kill()
+        await eventually(lambda: b.router.core.registry.by_role["prefill"][0].active == 0)
         b.decode[0].gate.set()
         assert texts_of("/v1/completions", await client.reply()) == expected("/v1/completions", 1)
+        assert len(b.decode[0].seen) == 1
 
 
 async def test_the_death_of_prefill_before_the_transfer_is_retried():
