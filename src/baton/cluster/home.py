@@ -50,6 +50,11 @@ class ClusterHome:
         return self.root / "cluster"
 
     @property
+    def volumes(self) -> Path:
+        """Directories of claims that are neither given by the user nor the demo model."""
+        return self.root / "volumes"
+
+    @property
     def database(self) -> Path:
         return self.directory / "state.db"
 

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from baton.cluster.home import ClusterHome, DaemonRecord, HomeError
+from baton.cluster.node.slots import SlotStore
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 45.0
@@ -62,11 +62,14 @@ def stop(home: ClusterHome) -> bool:
     return True
 
 
-def purge(home: ClusterHome, directories: list[Path]) -> None:
-    """Forget the cluster: its state, logs and the given directories of its rooms. Raises `HomeError` while it runs."""
+def purge(home: ClusterHome) -> None:
+    """Forget the cluster: state, logs, what its pods wrote. Raises `HomeError` while it runs. User's files stay."""
     if home.is_held():
         raise HomeError(f"{home.root}: the daemon still runs; stop it first")
-    for directory in (*directories, home.directory):
+    slots = SlotStore(home.root)
+    for slot in list(slots.existing()):
+        slots.remove(slot)
+    for directory in (slots.root, home.volumes, home.directory):
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -1,0 +1,193 @@
+"""Services at `http://127.0.0.1:PORT`: what a cloud's load balancer is on a cluster, a loopback port is here.
+
+A Service of type LoadBalancer is published at its own ports; `baton up --publish SERVICE=PORT` chooses the (first) port of
+any Service. `Publisher` keeps the listeners as the Services are, relays each connection to the Service's own address, and
+says where it listens in an annotation and in `status.loadBalancer`. A port in use is told as an event and tried again.
+Which pod answers is the Service proxy's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from baton.api.resources import SERVICES, Object, key_of
+from baton.cluster.home import HomeError
+from baton.cluster.manifests import Manifest
+from baton.cluster_client import Cache, Client, ClientError, EventRecorder
+
+logger = logging.getLogger(__name__)
+WANTED = "baton/publish-port"
+"""Annotation that asks for a port, as text."""
+PUBLISHED = "baton/published"
+"""Annotation that tells where, `127.0.0.1:PORT` of each port, comma between. Written by `Publisher` alone."""
+HOST = "127.0.0.1"
+RETRY_S = 2.0
+_CHUNK = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One listener: `port` on 127.0.0.1, relayed to `address`:`target`."""
+
+    port: int
+    address: str
+    target: int
+
+
+def published(manifests: list[Manifest], ports: Mapping[str, int]) -> list[Manifest]:
+    """The manifests with the wish for a port on the named Services. Raises `HomeError` for a name that is no Service."""
+    missing = set(ports)
+    for manifest in manifests:
+        if manifest.kind == "Service" and manifest.name in ports:
+            metadata = manifest.content.setdefault("metadata", {})
+            annotations = metadata.get("annotations") or {}
+            metadata["annotations"] = {**annotations, WANTED: str(ports[manifest.name])}
+            missing.discard(manifest.name)
+    if missing:
+        known = ", ".join(one.name for one in manifests if one.kind == "Service") or "none"
+        raise HomeError(f"--publish {min(missing)}=...: no Service of that name in the files; there is: {known}")
+    return manifests
+
+
+def routes(service: Object) -> tuple[Route, ...]:
+    """The listeners that a Service wants; none for one that is not published or has no address."""
+    spec, metadata = service["spec"], service["metadata"]
+    wanted = (metadata.get("annotations") or {}).get(WANTED)
+    address = spec.get("clusterIP")
+    is_balanced = spec.get("type") == "LoadBalancer"
+    if metadata.get("deletionTimestamp") or not address or address == "None" or not (wanted or is_balanced):
+        return ()
+    ports = [int(one["port"]) for one in spec.get("ports") or [] if one.get("protocol", "TCP") == "TCP"]
+    chosen = int(str(wanted)) if str(wanted or "").isdigit() else None
+    found = [Route(chosen if chosen and index == 0 else port, address, port) for index, port in enumerate(ports)]
+    return tuple(found if is_balanced else found[:1])
+
+
+class Publisher:
+    """Keeps the listeners. `run` until cancelled; one per daemon."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._services = Cache(client, SERVICES)
+        self._services.subscribe(lambda _: self._changed.set())
+        self._changed = asyncio.Event()
+        self._events = EventRecorder(client, "baton-publisher")
+        self._open: dict[Route, asyncio.Server] = {}
+        self._connections: dict[Route, set[asyncio.Task[None]]] = {}
+        self._refused: set[tuple[str, Route]] = set()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._services.run(), name="publisher-services")
+            await self._services.synced()
+            try:
+                while True:
+                    self._changed.clear()
+                    complete = await self._reconcile()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), None if complete else RETRY_S)
+            finally:
+                for route in list(self._open):
+                    self._close(route)
+
+    async def _reconcile(self) -> bool:
+        """Listeners and annotations as the Services want them; False when something is to be tried again."""
+        complete = True
+        services = {key_of(one): one for one in self._services.list()}
+        wanted = {key: routes(one) for key, one in services.items()}
+        for route in set(self._open) - {route for many in wanted.values() for route in many}:
+            self._close(route)
+        for key, many in wanted.items():
+            opened = [route for route in many if await self._listen(key, services[key], route)]
+            complete &= len(opened) == len(many)
+            try:
+                await self._tell(services[key], opened)
+            except ClientError as error:
+                logger.warning("%s: publication not written: %s", key, error)
+                complete = False
+        return complete
+
+    async def _listen(self, key: str, service: Object, route: Route) -> bool:
+        if route in self._open:
+            return True
+        try:
+            # Only what is free now: SO_REUSEADDR lets a fresh daemon take over a port whose old connections linger.
+            server = await asyncio.start_server(
+                lambda r, w: self._serve(r, w, route), HOST, route.port, reuse_address=True
+            )
+        except OSError as error:
+            if (key, route) not in self._refused:
+                self._refused.add((key, route))
+                await self._events.record(service, "Warning", "PortNotPublished", refusal(service, route, error))
+            return False
+        self._open[route] = server
+        self._refused.discard((key, route))
+        return True
+
+    def _close(self, route: Route) -> None:
+        server = self._open.pop(route)
+        server.close()
+        for task in self._connections.pop(route, set()):
+            task.cancel()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        mine = self._connections.setdefault(route, set())
+        mine.add(task)
+        try:
+            await relay(reader, writer, route)
+        finally:
+            mine.discard(task)
+
+    async def _tell(self, service: Object, opened: list[Route]) -> None:
+        metadata, namespace = service["metadata"], service["metadata"]["namespace"]
+        told = (metadata.get("annotations") or {}).get(PUBLISHED)
+        text = ",".join(f"{HOST}:{route.port}" for route in opened) or None
+        if told != text:
+            body: Object = {"metadata": {"annotations": {PUBLISHED: text}}}
+            await self._client.patch(SERVICES, metadata["name"], namespace, body)
+        if service["spec"].get("type") == "LoadBalancer":
+            ingress = [{"ip": HOST, "ipMode": "Proxy"}] if opened else None
+            if (service.get("status") or {}).get("loadBalancer", {}).get("ingress") != ingress:
+                body = {"status": {"loadBalancer": {"ingress": ingress}}}
+                await self._client.patch(SERVICES, metadata["name"], namespace, body, subresource="status")
+
+
+def refusal(service: Object, route: Route, error: OSError) -> str:
+    """One line: what is wrong with the port and what to do."""
+    choose = f"choose another with `baton up FILE --publish {service['metadata']['name']}=PORT`"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {route.port} on {HOST} is in use by another program; {choose}"
+    return f"port {route.port} on {HOST}: {error.strerror}; {choose}"
+
+
+async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route) -> None:
+    """One connection, both ways, each direction closed as its sender closes it."""
+    try:
+        there_reader, there_writer = await asyncio.open_connection(route.address, route.target)
+    except OSError:
+        writer.transport.abort()  # a reset, as a client sees it from a Service without endpoints
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_copy(reader, there_writer))
+            group.create_task(_copy(there_reader, writer))
+    except* OSError:
+        pass
+    finally:
+        writer.transport.abort() if writer.is_closing() else writer.close()
+        there_writer.close()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()
