@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from load import Timing, burst, random_prompts
-from machine import describe_machine, measure_limits, peak_memory_mb, roofline
+from machine import describe_machine, measure_limits, memory_mb, roofline, wait_quiet
 
 PROMPT_LEN, NEW_TOKENS, CONCURRENCY = 512, 128, (1, 8, 32)
 READY_TIMEOUT_S = 180
@@ -77,9 +77,10 @@ def free_port() -> int:
 
 def measure(server: Server, concurrency: int, seed: int) -> dict[str, float]:
     """One round of one server at one concurrency."""
-    prompts = random_prompts(concurrency, PROMPT_LEN, seed)
+    prompts, others = (random_prompts(concurrency, PROMPT_LEN, seed + offset) for offset in (0, 1))
+    wait_quiet()
     started = time.perf_counter()
-    server.burst(random_prompts(concurrency, PROMPT_LEN, seed + 1), 1)
+    server.burst(others, 1)
     prefill_s = time.perf_counter() - started
     cold = server.burst(prompts, NEW_TOKENS)
     cold_s = max(t.started_s + t.token_times_s[-1] for t in cold) - min(t.started_s for t in cold)
@@ -96,7 +97,7 @@ def measure(server: Server, concurrency: int, seed: int) -> dict[str, float]:
         "tpot_p50_ms": 1e3 * quantile([t.tpot_s for t in cold], 0.5),
         "tpot_p99_ms": 1e3 * quantile([t.tpot_s for t in cold], 0.99),
         "cached_ttft_p50_s": quantile([t.ttft_s for t in warm], 0.5),
-        "memory_mb": peak_memory_mb(server.process.pid),
+        "memory_mb": memory_mb(server.process.pid),
     }
 
 

@@ -1,7 +1,6 @@
 """`baton serve` and `baton down`: prefill workers, decode workers and a router on this machine.
 
-A thin supervisor until the embedded cluster takes its place: it starts processes, restarts one that dies, keeps a log file
-for each, and stops them all. It decides nothing about requests.
+A thin supervisor: it starts processes, restarts one that dies, keeps their logs, and stops them all.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ from baton.cli.ask import ask
 READY_TIMEOUT_S = 90.0
 STOP_GRACE_S = 10.0
 RESTART_DELAY_S = 1.0
-PROOF_QUESTION = "In one sentence: what is a relay race?"
+BATON = (sys.executable, "-m", "baton.cli")
 
 
 def home() -> Path:
@@ -39,57 +38,49 @@ def serve(
     decode: Annotated[int, typer.Option(min=1, help="number of decode workers")] = 1,
     host: Annotated[str, typer.Option(help="address of the router")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port of the router")] = 8000,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="return once an answer came; stop with `baton down`")
-    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="return after one answer; stop with baton down")] = False,
 ) -> None:
     """Serve MODEL with prefill and decode on separate workers behind one router."""
     if running_pid() is not None:
         raise typer.BadParameter(f"already running (pid {running_pid()}); stop it with `baton down`")
     with socket.socket() as probe:
-        if probe.connect_ex((host, port)) == 0:
+        if not probe.connect_ex((host, port)):
             raise typer.BadParameter(f"--port {port} on {host} is in use; choose another")
     commands = worker_commands(model, prefill, decode, host, port)
     if not detach:
         (home() / "pid").write_text(str(os.getpid()))
-        try:
-            asyncio.run(supervise(commands))
-        finally:
-            (home() / "pid").unlink(missing_ok=True)
+        asyncio.run(supervise(commands))
+        (home() / "pid").unlink()
         return
-    command = [sys.executable, "-m", "baton.cli", *(argument for argument in sys.argv[1:] if argument != "--detach")]
+    command = [*BATON, *(argument for argument in sys.argv[1:] if argument != "--detach")]
     with (home() / "supervisor.log").open("wb") as log:
         supervisor = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     wait_ready(supervisor, host, port)
-    ask(PROOF_QUESTION, f"http://{host}:{port}", max_tokens=48)
+    ask("In one sentence: what is a relay race?", f"http://{host}:{port}", max_tokens=48)
     typer.echo(f"serving at http://{host}:{port}/v1  (logs: {home()}; stop: baton down)")
 
 
 def worker_commands(model: str, prefill: int, decode: int, host: str, port: int) -> dict[str, list[str]]:
-    """Name -> command line of every process; worker ports are free ones on loopback."""
+    """Name -> arguments of every process; worker ports are free ones on loopback."""
     ports = iter(free_ports(2 * prefill + decode))
-    commands: dict[str, list[str]] = {}
-    routing = [sys.executable, "-m", "baton.cli", "router", "--host", host, "--port", str(port)]
-    routing += ["--pd-disaggregation", "--policy", "cache_aware"]
-    for mode, count in (("prefill", prefill), ("decode", decode)):
-        for index in range(count):
-            worker_port = next(ports)
-            command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", model, "--port", str(worker_port)]
-            command += ["--disaggregation-mode", mode, "--enable-metrics", "--enable-cache-report"]
-            routing += [f"--{mode}", f"http://127.0.0.1:{worker_port}"]
-            if mode == "prefill":
-                bootstrap_port = str(next(ports))
-                command += ["--disaggregation-bootstrap-port", bootstrap_port]
-                routing += [bootstrap_port]
-            commands[f"{mode}-{index}"] = command
-    return {**commands, "router": routing}
+    routing = ["router", "--host", host, "--port", str(port), "--pd-disaggregation", "--policy", "cache_aware"]
+    routing += ["--health-check-interval-secs", "5"]
+    commands: dict[str, list[str]] = {"router": routing}
+    for name in [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]:
+        mode, worker_port = name.split("-")[0], str(next(ports))
+        command = ["engine", "--model-path", model, "--served-model-name", Path(model).name, "--port", worker_port]
+        command += ["--disaggregation-mode", mode, "--enable-metrics", "--enable-cache-report"]
+        routing += [f"--{mode}", f"http://127.0.0.1:{worker_port}"]
+        if mode == "prefill":
+            routing.append(str(next(ports)))
+            command += ["--disaggregation-bootstrap-port", routing[-1]]
+        commands[name] = command
+    return commands
 
 
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [one.getsockname()[1] for one in sockets]
 
 
@@ -104,7 +95,7 @@ async def supervise(commands: dict[str, list[str]]) -> None:
 async def keep_running(name: str, command: list[str]) -> None:
     while True:
         with (home() / f"{name}.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = await asyncio.create_subprocess_exec(*BATON, *command, stdout=log, stderr=log)
         try:
             code = await process.wait()
         finally:
@@ -114,12 +105,11 @@ async def keep_running(name: str, command: list[str]) -> None:
 
 
 async def terminate(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
+    with contextlib.suppress(ProcessLookupError, TimeoutError):
         process.terminate()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_GRACE_S)
-        if process.returncode is None:
-            process.kill()
+        await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+    if process.returncode is None:
+        process.kill()
 
 
 def wait_ready(supervisor: subprocess.Popen[bytes], host: str, port: int) -> None:
