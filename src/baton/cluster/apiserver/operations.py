@@ -1,0 +1,406 @@
+"""Create, update, apply and delete: from a client's object to a committed write.
+
+Owns `Operations`, the one way to change storage: HTTP handlers, garbage collector and namespace emptying all come
+through here. Everything between reading `store.latest` and `store.put` runs without an await, so writes of one key
+cannot interleave and an unconditional patch never conflicts. Not here: HTTP, reading, patch formats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.cluster.apiserver import defaults, metadata, ownership, rules, strategy
+from baton.cluster.apiserver.conform import conform
+from baton.cluster.apiserver.crd import CrdManager
+from baton.cluster.apiserver.deletion import DeleteOptions, decide_deletion
+from baton.cluster.apiserver.errors import (
+    Cause,
+    StatusError,
+    already_exists,
+    bad_request,
+    conflict,
+    forbidden,
+    invalid,
+    not_found,
+)
+from baton.cluster.apiserver.names import generate
+from baton.cluster.apiserver.ownership import Manager
+from baton.cluster.apiserver.resources import Registry, Resource, Version
+from baton.cluster.apiserver.store import ADDED, DELETED, MODIFIED, Key, Store
+
+JSON = dict[str, Any]
+
+
+@dataclass(slots=True)
+class WriteOptions:
+    """The query of a write. `warnings` is filled on the way and sent as Warning headers."""
+
+    manager: str = "unknown"
+    dry_run: bool = False
+    validation: str = "Warn"  # Strict, Warn or Ignore: what to do about unknown fields
+    force: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request is about. `subresource` is "" or "status" for writes."""
+
+    resource: Resource
+    version: Version
+    namespace: str
+    name: str = ""
+    subresource: str = ""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.resource.store_name, self.namespace, self.name)
+
+    def missing(self) -> StatusError:
+        return not_found(self.resource.plural, self.resource.group, self.name)
+
+
+class Operations:
+    """Writes. One per server; shares the event loop with its `store`."""
+
+    def __init__(self, store: Store, registry: Registry, crds: CrdManager, addresses: strategy.ServiceAddresses) -> None:
+        self.store, self.registry, self.crds, self.addresses = store, registry, crds, addresses
+
+    # Create
+
+    async def create(self, target: Target, obj: JSON, options: WriteOptions) -> JSON:
+        """Stores a new object; returns it in the target's version."""
+        resource, version = target.resource, target.version
+        self._check_place(target, obj)
+        self._check_namespace(target)
+        obj = self._conform(target, obj, options)
+        meta = obj.setdefault("metadata", {})
+        if not meta.get("name") and meta.get("generateName"):
+            meta["name"] = self._generate(target, meta["generateName"])
+        name = meta.get("name", "")
+        if not name:
+            cause = Cause.required("metadata.name", "name or generateName is required")
+            raise invalid(resource.kind, resource.group, "", [cause])
+        if resource.namespaced:
+            meta["namespace"] = target.namespace
+        else:
+            meta.pop("namespace", None)
+        key = Key(resource.store_name, target.namespace, name)
+        if meta.get("resourceVersion") not in (None, "", "0"):
+            raise bad_request("resourceVersion should not be set on objects to be created")
+        if self.store.latest(key) is not None:
+            raise already_exists(resource.plural, resource.group, name)
+        obj["metadata"] = metadata.fresh(meta, counts_generation=resource.counts_generation or not resource.builtin)
+        if resource.builtin:
+            strategy.prepare_create(resource.kind, obj, version.has_status)
+        elif version.has_status:
+            obj.pop("status", None)
+        self._check_create(target, obj, options)
+        manager = Manager(options.manager, "Update", version.api_version)
+        obj["metadata"]["managedFields"] = ownership.track_update(resource, version, None, obj, manager)
+        return await self._put_new(target, key, obj, options)
+
+    async def _put_new(self, target: Target, key: Key, obj: JSON, options: WriteOptions) -> JSON:
+        resource = target.resource
+        if resource.kind == "Service":
+            causes = strategy.allocate_address(obj, self.addresses)
+            if causes:
+                raise invalid(resource.kind, resource.group, key.name, causes)
+        if resource.kind == "CustomResourceDefinition":
+            self.crds.prepare(obj)
+        stored = resource.convert(obj, resource.storage)
+        if options.dry_run:
+            if resource.kind == "Service":
+                self.addresses.free(obj["spec"].get("clusterIP", ""))
+            return obj
+        return resource.convert(await self._put(ADDED, key, stored), target.version)
+
+    def _generate(self, target: Target, prefix: str) -> str:
+        for _ in range(8):
+            name = generate(prefix)
+            if self.store.latest(Key(target.resource.store_name, target.namespace, name)) is None:
+                return name
+        raise already_exists(target.resource.plural, target.resource.group, prefix)
+
+    def _check_create(self, target: Target, obj: JSON, options: WriteOptions) -> None:
+        kind = target.resource.kind
+        causes = rules.name_causes(kind, obj["metadata"]["name"]) + metadata.metadata_causes(obj["metadata"])
+        if target.resource.builtin:
+            causes += rules.create_causes(kind, obj)
+        if kind == "CustomResourceDefinition":
+            causes += self.crds.causes(obj, options.warnings)
+        if causes:
+            raise invalid(kind, target.resource.group, obj["metadata"]["name"], causes)
+
+    # Update
+
+    async def update(
+        self, target: Target, change: Callable[[JSON], JSON], options: WriteOptions, *, operation: str = "Update"
+    ) -> JSON:
+        """Reads the object (in the target's version), lets `change` make the new one, checks and stores it.
+
+        `change` must not alter its argument. Nothing is written when nothing changes.
+        """
+        resource, version = target.resource, target.version
+        stored = self.store.latest(target.key)
+        if stored is None:
+            raise target.missing()
+        old = resource.convert(stored, version)
+        new = change(old)
+        self._check_place(target, new)
+        new = self._conform(target, new, options, name=target.name)
+        new = self._merge_parts(target, new, old)
+        self._check_update(target, new, old, options)
+        manager = Manager(options.manager, operation, version.api_version, target.subresource)
+        new["metadata"]["managedFields"] = ownership.track_update(resource, version, old, new, manager)
+        return await self._store_update(target, new, old, stored, options)
+
+    async def apply(self, target: Target, config: JSON, options: WriteOptions) -> JSON:
+        """Server-side apply; creates the object when it does not exist."""
+        resource, version = target.resource, target.version
+        if (config.get("metadata") or {}).get("managedFields"):
+            raise bad_request("metadata.managedFields must be nil")
+        self._check_place(target, config)
+        partial = self._conform(target, config, options, name=target.name, complete=False)
+        partial.setdefault("metadata", {})["name"] = target.name
+        manager = Manager(options.manager, "Apply", version.api_version, target.subresource)
+        stored = self.store.latest(target.key)
+        if stored is None:
+            if target.subresource:
+                raise target.missing()
+            return await self._apply_new(target, partial, manager, options)
+        asked = partial["metadata"].pop("resourceVersion", None)
+        partial["metadata"].pop("uid", None)
+        old = resource.convert(stored, version)
+        scoped = self._scope(target, partial)
+        applied = ownership.merge_applied(resource, version, old, scoped, manager)
+        new = {**applied.object, "metadata": {**applied.object["metadata"]}}
+        if asked:
+            new["metadata"]["resourceVersion"] = asked
+        new = self._conform(target, new, WriteOptions(validation="Ignore"), name=target.name)
+        new = self._merge_parts(target, new, old)
+        fields = ownership.settle_conflicts(resource, version, old, new, applied, manager, force=options.force)
+        self._check_update(target, new, old, options)
+        new["metadata"]["managedFields"] = fields
+        return await self._store_update(target, new, old, stored, options)
+
+    async def _apply_new(self, target: Target, partial: JSON, manager: Manager, options: WriteOptions) -> JSON:
+        resource, version = target.resource, target.version
+        if partial["metadata"].get("uid"):
+            raise conflict(resource.plural, resource.group, target.name, "uid mismatch: the object does not exist")
+        partial["metadata"].pop("resourceVersion", None)
+        self._check_namespace(target)
+        empty = {"metadata": {}}
+        applied = ownership.merge_applied(resource, version, empty, self._scope(target, partial), manager)
+        obj = self._conform(target, partial, WriteOptions(validation="Ignore"), name=target.name)
+        if resource.namespaced:
+            obj["metadata"]["namespace"] = target.namespace
+        obj["metadata"] = metadata.fresh(
+            obj["metadata"], counts_generation=resource.counts_generation or not resource.builtin
+        )
+        if resource.builtin:
+            strategy.prepare_create(resource.kind, obj, version.has_status)
+        elif version.has_status:
+            obj.pop("status", None)
+        self._check_create(target, obj, options)
+        obj["metadata"]["managedFields"] = ownership.entries(applied.owners)
+        return await self._put_new(target, target.key, obj, options)
+
+    def _scope(self, target: Target, config: JSON) -> JSON:
+        """The part of an applied configuration that this endpoint may write."""
+        if not target.version.has_status:
+            return config
+        if target.subresource == "status":
+            return {k: v for k, v in config.items() if k != "spec"}
+        return {k: v for k, v in config.items() if k != "status"}
+
+    def _merge_parts(self, target: Target, new: JSON, old: JSON) -> JSON:
+        """Main endpoint: status stays; status endpoint: everything but status stays."""
+        resource, version = target.resource, target.version
+        asked = new.setdefault("metadata", {}).get("resourceVersion")
+        if target.subresource == "status":
+            kept = {k: v for k, v in old.items() if k not in ("status", "metadata")}
+            meta = new["metadata"] if resource.builtin else {**old["metadata"], "managedFields": new["metadata"].get("managedFields")}
+            new = {**kept, "metadata": meta, **({"status": new["status"]} if "status" in new else {})}
+            new["metadata"]["ownerReferences"] = old["metadata"].get("ownerReferences")
+        elif version.has_status:
+            new = {k: v for k, v in new.items() if k != "status"}
+            if "status" in old:
+                new["status"] = old["status"]
+        if new["metadata"].get("uid") not in (None, "", old["metadata"]["uid"]):
+            why = f"Precondition failed: UID in precondition: {new['metadata']['uid']}, UID in object meta: {old['metadata']['uid']}"
+            raise conflict(resource.plural, resource.group, target.name, why)
+        new["metadata"] = {k: v for k, v in metadata.carried(new["metadata"], old["metadata"]).items() if v is not None}
+        if asked not in (None, "", "0", old["metadata"]["resourceVersion"]):
+            raise conflict(resource.plural, resource.group, target.name)
+        if resource.builtin and not target.subresource:
+            strategy.prepare_update(resource.kind, new, old)
+        counts = resource.counts_generation or not resource.builtin
+        if counts and not target.subresource and _content(new) != _content(old):
+            new["metadata"]["generation"] = old["metadata"].get("generation", 0) + 1
+        return new
+
+    def _check_update(self, target: Target, new: JSON, old: JSON, options: WriteOptions) -> None:
+        kind = target.resource.kind
+        causes = metadata.finalizer_causes(new["metadata"], old["metadata"])
+        if new["metadata"] != old["metadata"]:
+            causes += metadata.metadata_causes(new["metadata"])
+        if not target.subresource:
+            if target.resource.builtin and _content(new) != _content(old):
+                causes += rules.create_causes(kind, new) + rules.update_causes(kind, new, old)
+            if kind == "CustomResourceDefinition":
+                causes += self.crds.causes(new, options.warnings)
+                self.crds.prepare(new)
+        if causes:
+            raise invalid(kind, target.resource.group, target.name, causes)
+
+    async def _store_update(self, target: Target, new: JSON, old: JSON, stored: JSON, options: WriteOptions) -> JSON:
+        if _same(new, old):
+            return old
+        resource = target.resource
+        if options.dry_run:
+            return new
+        body = resource.convert(new, resource.storage)
+        if finished(body):
+            written = await self._put(DELETED, target.key, body)
+        else:
+            written = await self._put(MODIFIED, target.key, body)
+        if resource.kind == "Service":
+            self._move_address(old, new)
+        return resource.convert(written, target.version)
+
+    def _move_address(self, old: JSON, new: JSON) -> None:
+        was, now = (o.get("spec", {}).get("clusterIP") or "" for o in (old, new))
+        if was != now:
+            self.addresses.free(was)
+            self.addresses.take(now)
+
+    # Delete
+
+    async def delete(self, target: Target, options: DeleteOptions) -> tuple[JSON, bool]:
+        """Deletes or marks for deletion. Returns the object and whether it is gone."""
+        resource = target.resource
+        stored = self.store.latest(target.key)
+        if stored is None:
+            raise target.missing()
+        options.check_preconditions(resource, target.name, stored)
+        if resource.kind == "Namespace" and target.name in ("default", "kube-system", "kube-public"):
+            raise forbidden(f'namespaces "{target.name}" is forbidden: this namespace may not be deleted')
+        marked, gone = decide_deletion(resource, stored, options)
+        if options.dry_run:
+            return resource.convert(marked, target.version), gone
+        if gone:
+            written = await self._put(DELETED, target.key, marked)
+            if resource.kind == "Service":
+                self.addresses.free(stored.get("spec", {}).get("clusterIP") or "")
+        elif _same(marked, stored):
+            written = stored
+        else:
+            written = await self._put(MODIFIED, target.key, marked)
+        return resource.convert(written, target.version), gone
+
+    async def replace_stored(self, key: Key, new: JSON) -> None:
+        """Writes a stored form as it is: for the room's own controllers (garbage collector, namespaces, CRDs)."""
+        old = self.store.latest(key)
+        if old is not None and not _same(new, old):
+            await self._put(DELETED if finished(new) else MODIFIED, key, new)
+
+    # Shared steps
+
+    async def _put(self, kind: str, key: Key, obj: JSON) -> JSON:
+        written, done = self.store.put(kind, key, obj)
+        await asyncio.shield(done)
+        return written
+
+    def _check_place(self, target: Target, obj: JSON) -> None:
+        """apiVersion, kind, name and namespace of the body must be those of the URL."""
+        version, kind = target.version, target.resource.kind
+        given, given_kind = obj.get("apiVersion"), obj.get("kind")
+        if given is not None and given_kind is not None and (given, given_kind) != (version.api_version, kind):
+            raise bad_request(f'{given_kind} in version "{given}" cannot be handled as a {kind}: no kind "{given_kind}" is registered for version "{version.api_version}"')
+        meta = obj.get("metadata")
+        if meta is not None and not isinstance(meta, dict):
+            raise bad_request(f'{kind} in version "{version.api_version}" cannot be handled as a {kind}: metadata must be an object')
+        name = (meta or {}).get("name")
+        if target.name and name and name != target.name:
+            raise bad_request(f"the name of the object ({name}) does not match the name on the URL ({target.name})")
+        namespace = (meta or {}).get("namespace")
+        if target.resource.namespaced and namespace and namespace != target.namespace:
+            raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
+
+    def _check_namespace(self, target: Target) -> None:
+        if not target.resource.namespaced:
+            return
+        namespace = self.store.latest(Key("namespaces", "", target.namespace))
+        if namespace is None:
+            raise not_found("namespaces", "", target.namespace)
+        if namespace["metadata"].get("deletionTimestamp"):
+            plural = target.resource.store_name
+            text = f"unable to create new content in namespace {target.namespace} because it is being terminated"
+            name = target.name or ""
+            cause = {"reason": "NamespaceTerminating", "message": f"namespace {target.namespace} is being terminated", "field": "metadata.namespace"}
+            raise forbidden(f'{plural} "{name}" is forbidden: {text}', {"name": name, "kind": target.resource.plural, "causes": [cause]})
+
+    def _conform(
+        self, target: Target, obj: JSON, options: WriteOptions, *, name: str = "", complete: bool = True
+    ) -> JSON:
+        """Prunes, checks types and fills defaults; unknown fields are reported as the options say."""
+        resource, version = target.resource, target.version
+        done = conform(obj, version.schema, builtin=resource.builtin, defaults=complete, required=complete)
+        out: JSON = done.object
+        name = name or str((obj.get("metadata") or {}).get("name") or "")
+        _report_unknown(resource, version, done.unknown, options)
+        if done.causes:
+            wrong = [c for c in done.causes if c.reason == "FieldValueTypeInvalid"]
+            if wrong and resource.builtin:
+                raise bad_request(_decode_error(resource, version, wrong[0]))
+            raise invalid(resource.kind, resource.group, name, done.causes)
+        out["apiVersion"], out["kind"] = version.api_version, resource.kind
+        if complete and resource.builtin and version.group == resource.group:
+            defaults.apply_defaults(resource.kind, out)
+        return out
+
+
+def _report_unknown(resource: Resource, version: Version, unknown: list[str], options: WriteOptions) -> None:
+    texts = [f'unknown field "{path}"' for path in unknown]
+    if not texts or options.validation == "Ignore":
+        return
+    if options.validation == "Strict":
+        what = f'{resource.kind} in version "{version.version}" cannot be handled as a {resource.kind}: '
+        raise bad_request(f"{what if resource.builtin else ''}strict decoding error: {', '.join(texts)}")
+    options.warnings += texts
+
+
+def _decode_error(resource: Resource, version: Version, cause: Cause) -> str:
+    got = cause.message.split('"')[1]
+    wanted = cause.message.split("must be of type ")[1].split(":")[0]
+    what = f'{resource.kind} in version "{version.version}" cannot be handled as a {resource.kind}'
+    return f"{what}: json: cannot unmarshal {got} into field {resource.kind}.{cause.field} of type {wanted}"
+
+
+def finished(obj: JSON) -> bool:
+    """Marked for deletion and nothing holds it any more."""
+    meta = obj["metadata"]
+    if not meta.get("deletionTimestamp") or meta.get("finalizers"):
+        return False
+    if obj.get("kind") == "Namespace":
+        return not (obj.get("spec") or {}).get("finalizers")
+    return not meta.get("deletionGracePeriodSeconds")
+
+
+def _content(obj: JSON) -> JSON:
+    """What generation counts: everything but metadata and status."""
+    return {k: v for k, v in obj.items() if k not in ("metadata", "status", "apiVersion", "kind")}
+
+
+def _same(new: JSON, old: JSON) -> bool:
+    def plain(obj: JSON) -> JSON:
+        return {k: v for k, v in obj.items() if k != "metadata"}
+
+    def meta(obj: JSON) -> JSON:
+        return {k: v for k, v in obj["metadata"].items() if k != "resourceVersion" and v not in (None, [], {})}
+
+    return plain(new) == plain(old) and meta(new) == meta(old)
