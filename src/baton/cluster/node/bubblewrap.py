@@ -1,0 +1,111 @@
+"""Containers under bubblewrap: the host's files read-only, volumes at the manifest's own paths.
+
+There is no network namespace (pods talk over loopback addresses) and no pid namespace (the agent sees real pids). Works
+as root and, where user namespaces are permitted, as anyone. What is mounted is decided here, as a pure function of the
+plan and of which host paths exist.
+
+A mount point below a read-only host directory that does not have it (`/etc/rbg`, `/var/lib/etcd`) cannot be made by
+bwrap. Such a directory is *opened*: replaced by an empty one into which each of its entries is bound again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from baton.cluster.node.runtime import ContainerPlan, Mount, PlanError
+from baton.cluster.node.shim import ARGS_FD, STATUS_FD
+from baton.cluster.node.supervised import Launch
+
+_OWN_DIRECTORIES = ("/dev", "/proc", "/tmp")
+_PRIVATE = ("/tmp", "/dev/shm")
+
+
+class Bubblewrap:
+    name = "bubblewrap"
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    def launch(self, plan: ContainerPlan) -> Launch:
+        argv = (
+            self._program, "--args", str(ARGS_FD), "--json-status-fd", str(STATUS_FD), "--", *plan.argv
+        )  # fmt: skip
+        return Launch(argv, plan.env, "/", tuple(arguments(plan)))
+
+    def enter(self, launched: Launch, command: Sequence[str]) -> Launch:
+        # The same mounts again make the same view: every writable place is a directory of the slot.
+        return Launch((self._program, *(launched.bwrap_args or ()), "--", *command), launched.env, "/")
+
+
+def arguments(plan: ContainerPlan) -> list[str]:
+    """bwrap's options for one container. Raises `PlanError` for a mount that cannot be made."""
+    mounts = sorted((*plan.mounts, *_own_mounts(plan)), key=lambda mount: len(_parts(mount.target)))
+    opened = _opened(mount.target for mount in mounts)
+    args = ["--die-with-parent", "--unshare-uts", "--hostname", plan.hostname]
+    args += _open(PurePosixPath("/"), opened)
+    args += ["--dev-bind", "/dev", "/dev", "--bind", "/proc", "/proc"]
+    args += ["--bind", str(plan.scratch), "/tmp", "--bind", str(plan.shm), "/dev/shm"]
+    for path in plan.keep:
+        if any(_is_below(path, hidden) for hidden in _PRIVATE):
+            args += ["--ro-bind", path, path]
+    for mount in mounts:
+        args += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), _clean(mount.target)]
+    return [*args, "--chdir", plan.cwd]
+
+
+def _own_mounts(plan: ContainerPlan) -> list[Mount]:
+    """The hosts file and the shared directories; a volume of the manifest at the same path wins."""
+    taken = {_clean(mount.target) for mount in plan.mounts}
+    own = [Mount(plan.hosts, "/etc/hosts", read_only=False)]
+    own += [Mount(Path(path), path, read_only=False) for path in plan.share if Path(path).is_dir()]
+    return [mount for mount in own if mount.target not in taken]
+
+
+def _opened(targets: Iterable[str]) -> set[PurePosixPath]:
+    """Host directories that have to be opened so that every target can be a mount point."""
+    opened = {PurePosixPath("/")}
+    for target in targets:
+        if not target.startswith("/") or _clean(target) == "/" or ".." in _parts(target):
+            raise PlanError(f"mountPath {target!r} must be an absolute path below /")
+        here = PurePosixPath("/")
+        for part in _parts(target):
+            if str(here) in _OWN_DIRECTORIES or not Path(here).is_dir():
+                break
+            if not os.path.lexists(here / part):
+                opened.update((here, *here.parents))
+            here = here / part
+    return opened
+
+
+def _open(directory: PurePosixPath, opened: set[PurePosixPath]) -> list[str]:
+    """Options that bind every entry of a host directory; those in `opened` entry by entry."""
+    args: list[str] = []
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except PermissionError:
+        return args
+    for entry in entries:
+        path = directory / entry.name
+        if str(path) in _OWN_DIRECTORIES:
+            continue
+        if entry.is_symlink():
+            args += ["--symlink", os.readlink(path), str(path)]  # noqa: PTH115
+        elif entry.is_dir(follow_symlinks=False) and path in opened:
+            args += ["--dir", str(path), *_open(path, opened)]
+        else:
+            args += ["--ro-bind-try", str(path), str(path)]
+    return args
+
+
+def _clean(target: str) -> str:
+    return "/" + "/".join(_parts(target))
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part and part != "."]
+
+
+def _is_below(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent + "/")
