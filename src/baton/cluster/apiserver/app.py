@@ -20,12 +20,12 @@ from baton.cluster.apiserver.builtins import builtin_resources
 from baton.cluster.apiserver.crd import CrdManager
 from baton.cluster.apiserver.errors import StatusError, internal, method_not_allowed, no_such_resource, unauthorized
 from baton.cluster.apiserver.gc import GarbageCollector
-from baton.cluster.apiserver.http import ClientGone, Receive, Request, Scope, Send, send_bytes, send_json, send_status
+from baton.cluster.apiserver.http import ClientGoneError, Receive, Request, Scope, Send, send_bytes, send_json, send_status
 from baton.cluster.apiserver.openapi import OpenApi
 from baton.cluster.apiserver.operations import Operations, Target
 from baton.cluster.apiserver.reading import Selection
 from baton.cluster.apiserver.resources import Conversion, Registry
-from baton.cluster.apiserver.store import Store, StoreClosed
+from baton.cluster.apiserver.store import Store, StoreClosedError
 from baton.cluster.apiserver.strategy import ServiceAddresses
 from baton.cluster.apiserver.streams import Streams
 from baton.cluster.apiserver.watching import watch
@@ -89,11 +89,11 @@ class ApiServer:
             return
         try:
             await self._handle(request)
-        except ClientGone:
+        except ClientGoneError:
             return
         except StatusError as error:
             await send_status(request, error)
-        except StoreClosed:
+        except StoreClosedError:
             await send_status(request, StatusError(503, "ServiceUnavailable", "the API server is shutting down"))
         except Exception as error:  # every request gets an answer; the cause goes to the log
             log.exception("request failed", extra={"path": request.path, "method": request.method})
@@ -141,7 +141,9 @@ class ApiServer:
             else:
                 await self._openapi.send_document(request, "/".join(parts[2:]))
         elif not parts:
-            await send_json(request, 200, {"paths": ["/api", "/apis", "/healthz", "/livez", "/openapi/v3", "/readyz", "/version"]})
+            await send_json(
+                request, 200, {"paths": ["/api", "/apis", "/healthz", "/livez", "/openapi/v3", "/readyz", "/version"]}
+            )
         else:
             await _page_not_found(request)
 
@@ -221,7 +223,12 @@ class ApiServer:
             body = tables.table(selection.resource, selection.version, items, meta, form.include_object)
         elif form.metadata_only:
             rows = [tables.partial(o) for o in items]
-            body = {"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "items": rows}
+            body = {
+                "kind": "PartialObjectMetadataList",
+                "apiVersion": "meta.k8s.io/v1",
+                "metadata": meta,
+                "items": rows,
+            }
         else:
             body = reading.list_body(selection, items, meta)
         await send_json(request, 200, body)

@@ -38,9 +38,7 @@ class _Walk:
     result: Conformed
 
 
-def conform(
-    obj: JSON, schema: Schema, *, builtin: bool, defaults: bool = True, required: bool = True
-) -> Conformed:
+def conform(obj: JSON, schema: Schema, *, builtin: bool, defaults: bool = True, required: bool = True) -> Conformed:
     """Fits `obj` to `schema`. `defaults=False, required=False` is for the partial objects of server-side apply."""
     result = Conformed()
     result.object = _node(obj, schema, "", _Walk(builtin, defaults, required, result))
@@ -109,7 +107,7 @@ def _array(value: list[Any], schema: Schema, path: str, walk: _Walk) -> list[Any
     items = schema.items
     if items is None:
         return copy.deepcopy(value)
-    out = []
+    out: list[Any] = []
     for index, item in enumerate(value):
         here = f"{path}[{index}]"
         if item is None and walk.builtin:
@@ -127,9 +125,9 @@ def _unique(items: list[Any], schema: Schema, path: str, walk: _Walk) -> None:
     """Sets and list-maps of CRDs must not repeat an item; built-in kinds have their own rules for names."""
     seen: list[Any] = []
     for index, item in enumerate(items):
-        identity = item if schema.list_type == "set" or not isinstance(item, dict) else [
-            item.get(k) for k in schema.list_keys
-        ]
+        identity = (
+            item if schema.list_type == "set" or not isinstance(item, dict) else [item.get(k) for k in schema.list_keys]
+        )
         if identity in seen:
             shown = item if schema.list_type == "set" else dict(zip(schema.list_keys, identity, strict=True))
             walk.result.causes.append(Cause.duplicate(f"{path}[{index}]", shown))

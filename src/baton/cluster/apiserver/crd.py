@@ -48,14 +48,25 @@ class CrdManager:
         names, group = spec.get("names") or {}, spec.get("group", "")
         wanted = f"{names.get('plural')}.{group}"
         if crd["metadata"].get("name") != wanted:
-            out.append(Cause.invalid("metadata.name", crd["metadata"].get("name"), "must be spec.names.plural+\".\"+spec.group"))
+            out.append(
+                Cause.invalid("metadata.name", crd["metadata"].get("name"), 'must be spec.names.plural+"."+spec.group')
+            )
         for field in ("plural", "singular"):
-            out += [Cause.invalid(f"spec.names.{field}", names.get(field), t) for t in check_label_1035(names.get(field) or "x")]
+            out += [
+                Cause.invalid(f"spec.names.{field}", names.get(field), t)
+                for t in check_label_1035(names.get(field) or "x")
+            ]
         if spec.get("scope") not in ("Cluster", "Namespaced"):
             out.append(Cause.not_supported("spec.scope", spec.get("scope"), ("Cluster", "Namespaced")))
         versions = spec.get("versions") or []
         if sum(bool(v.get("storage")) for v in versions) != 1:
-            out.append(Cause.invalid("spec.versions", [v.get("name") for v in versions], "must have exactly one version marked as storage version"))
+            out.append(
+                Cause.invalid(
+                    "spec.versions",
+                    [v.get("name") for v in versions],
+                    "must have exactly one version marked as storage version",
+                )
+            )
         for index, version in enumerate(versions):
             js = (version.get("schema") or {}).get("openAPIV3Schema")
             here = f"spec.versions[{index}].schema.openAPIV3Schema"

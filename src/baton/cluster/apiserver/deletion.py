@@ -39,7 +39,11 @@ class DeleteOptions:
         if policy is not None and policy not in _POLICIES:
             raise _options_error(Cause.not_supported("propagationPolicy", policy, (*_POLICIES, "nil")))
         if policy is not None and orphan is not None:
-            raise _options_error(Cause.invalid("propagationPolicy", policy, "orphanDependents and deletionPropagation cannot be both set"))
+            raise _options_error(
+                Cause.invalid(
+                    "propagationPolicy", policy, "orphanDependents and deletionPropagation cannot be both set"
+                )
+            )
         if orphan is not None:
             policy = "Orphan" if orphan else "Background"
         try:
@@ -66,7 +70,9 @@ def _options_error(cause: Cause) -> StatusError:
 def decide_deletion(resource: Resource, obj: JSON, options: DeleteOptions) -> tuple[JSON, bool]:
     """The object to write (marked, or its last state) and whether it goes at once."""
     meta = dict(obj["metadata"])
-    finalizers = [f for f in meta.get("finalizers") or () if f not in (FOREGROUND, ORPHAN) or options.propagation is None]
+    finalizers = [
+        f for f in meta.get("finalizers") or () if f not in (FOREGROUND, ORPHAN) or options.propagation is None
+    ]
     if options.propagation == "Foreground":
         finalizers.append(FOREGROUND)
     elif options.propagation == "Orphan":

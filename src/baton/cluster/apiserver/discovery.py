@@ -13,7 +13,12 @@ from baton.cluster.apiserver.resources import Registry, Resource, Version
 JSON = dict[str, Any]
 AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
 # Streams: only these verbs make sense on them.
-_STREAM_VERBS = {"log": ["get"], "exec": ["create", "get"], "attach": ["create", "get"], "portforward": ["create", "get"]}
+_STREAM_VERBS = {
+    "log": ["get"],
+    "exec": ["create", "get"],
+    "attach": ["create", "get"],
+    "portforward": ["create", "get"],
+}
 _SUB_KINDS = {
     "log": ("", "v1", "Pod"),
     "exec": ("", "v1", "PodExecOptions"),

@@ -202,7 +202,7 @@ def _compare_at(element: str, old: Any, new: Any, schema: Schema, out: Compariso
                 whole[element] = part
 
 
-_UNOWNED = {
+_UNOWNED: FieldSet = {
     "f:apiVersion": {},
     "f:kind": {},
     "f:metadata": {

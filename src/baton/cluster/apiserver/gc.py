@@ -15,7 +15,7 @@ from baton.cluster.apiserver.deletion import FOREGROUND, ORPHAN, DeleteOptions
 from baton.cluster.apiserver.errors import StatusError
 from baton.cluster.apiserver.operations import Operations, Target, WriteOptions
 from baton.cluster.apiserver.resources import Registry
-from baton.cluster.apiserver.store import ADDED, DELETED, Change, Key, Store, StoreClosed
+from baton.cluster.apiserver.store import ADDED, DELETED, Change, Key, Store, StoreClosedError
 
 log = logging.getLogger(__name__)
 JSON = dict[str, Any]
@@ -115,9 +115,11 @@ class GarbageCollector:
                     await self._empty_resource(item.resource)
                 else:
                     await self._look(item)
-            except StoreClosed:
+            except StoreClosedError:
                 return
-            except StatusError as error:  # somebody else was faster, or validation refuses: seen again on its next change
+            except (
+                StatusError
+            ) as error:  # somebody else was faster, or validation refuses: seen again on its next change
                 log.warning("garbage collection step failed", extra={"item": str(item), "error": error.message})
             finally:
                 self._work.task_done()
@@ -203,7 +205,11 @@ class GarbageCollector:
             if not found["metadata"].get("deletionTimestamp"):
                 await self._delete(dependent, "Foreground", uid=found["metadata"]["uid"])
         left = [self._store.get(d) for d in self._dependents.get(uid, ())]
-        still = any(o is not None and any(r["uid"] == uid and r.get("blockOwnerDeletion") for r in o["metadata"]["ownerReferences"]) for o in left)
+        still = any(
+            o is not None
+            and any(r["uid"] == uid and r.get("blockOwnerDeletion") for r in o["metadata"]["ownerReferences"])
+            for o in left
+        )
         if not blocked or not still:
             await self._drop_finalizer(key, FOREGROUND)
 

@@ -28,7 +28,7 @@ BODY_TYPES = (JSON_TYPE, YAML_TYPE)
 _TRUE = ("true", "1", "t", "yes")
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client closed the connection before its request was complete."""
 
 
@@ -123,7 +123,7 @@ class Request:
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise ClientGone
+                raise ClientGoneError
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > MAX_BODY_BYTES:
@@ -151,7 +151,7 @@ def decode(raw: bytes, *, yaml_too: bool = False) -> Any:
         if not yaml_too:
             raise bad_request(f"error decoding body: {error}") from None
     try:
-        return _plain(yaml.load(raw, Loader=_Loader))  # noqa: S506 - a SafeLoader subclass
+        return _plain(yaml.load(raw, Loader=_Loader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise bad_request(f"error decoding body as YAML: {' '.join(str(error).split())}") from None
 
@@ -205,7 +205,9 @@ async def send_status(request: Request, error: StatusError) -> None:
 
 async def start_stream(request: Request, content_type: str) -> None:
     raw = [(b"content-type", content_type.encode()), (b"cache-control", b"no-cache, private")]
-    await request.send({"type": "http.response.start", "status": 200, "headers": raw + warning_headers(request.warnings)})
+    await request.send(
+        {"type": "http.response.start", "status": 200, "headers": raw + warning_headers(request.warnings)}
+    )
 
 
 async def send_chunk(request: Request, data: bytes, *, more: bool = True) -> None:

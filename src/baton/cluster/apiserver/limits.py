@@ -73,9 +73,7 @@ def _plain(number: float) -> str:
     return str(int(number)) if float(number).is_integer() else str(number)
 
 
-def _sizes(
-    size: int, low: int | None, high: int | None, what: str, path: str, value: Any, out: list[Cause]
-) -> None:
+def _sizes(size: int, low: int | None, high: int | None, what: str, path: str, value: Any, out: list[Cause]) -> None:
     if high is not None and size > high:
         out.append(Cause(path, "FieldValueTooMany", f"Too many: {size}: must have at most {high} {what}"))
     if low is not None and size < low:

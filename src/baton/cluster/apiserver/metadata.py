@@ -14,7 +14,14 @@ from baton.cluster.apiserver.names import check_annotations, check_labels, check
 
 JSON = dict[str, Any]
 # Set by the server; whatever a client sends is replaced by what is stored.
-SERVER_FIELDS = ("uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink")
+SERVER_FIELDS = (
+    "uid",
+    "creationTimestamp",
+    "generation",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "selfLink",
+)
 
 
 def timestamp(moment: datetime | None = None) -> str:
@@ -54,7 +61,9 @@ def metadata_causes(metadata: JSON) -> list[Cause]:
     for index, owner in enumerate(metadata.get("ownerReferences") or ()):
         for field in ("apiVersion", "kind", "name", "uid"):
             if not owner.get(field):
-                out.append(Cause.invalid(f"metadata.ownerReferences[{index}].{field}", "", f"{field} must not be empty"))
+                out.append(
+                    Cause.invalid(f"metadata.ownerReferences[{index}].{field}", "", f"{field} must not be empty")
+                )
     return out
 
 
@@ -65,5 +74,7 @@ def finalizer_causes(new: JSON, old: JSON) -> list[Cause]:
     extra = [f for f in new.get("finalizers") or () if f not in (old.get("finalizers") or ())]
     if not extra:
         return []
-    text = f"no new finalizers can be added if the object is being deleted, found new finalizers {extra!r}".replace("'", '"')
+    text = f"no new finalizers can be added if the object is being deleted, found new finalizers {extra!r}".replace(
+        "'", '"'
+    )
     return [Cause.forbidden("metadata.finalizers", text)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from baton.cluster.apiserver.http import Request, dump, send_bytes
 from baton.cluster.apiserver.errors import StatusError, no_such_resource
+from baton.cluster.apiserver.http import Request, dump, send_bytes
 from baton.cluster.apiserver.resources import Registry, Resource, Version
 from baton.cluster.apiserver.schema import ABSENT, Schema
 from baton.cluster.apiserver.schema_text import builtin_types

@@ -66,7 +66,9 @@ class Target:
 class Operations:
     """Writes. One per server; shares the event loop with its `store`."""
 
-    def __init__(self, store: Store, registry: Registry, crds: CrdManager, addresses: strategy.ServiceAddresses) -> None:
+    def __init__(
+        self, store: Store, registry: Registry, crds: CrdManager, addresses: strategy.ServiceAddresses
+    ) -> None:
         self.store, self.registry, self.crds, self.addresses = store, registry, crds, addresses
 
     # Create
@@ -193,7 +195,7 @@ class Operations:
             raise conflict(resource.plural, resource.group, target.name, "uid mismatch: the object does not exist")
         partial["metadata"].pop("resourceVersion", None)
         self._check_namespace(target)
-        empty = {"metadata": {}}
+        empty: JSON = {"metadata": {}}
         applied = ownership.merge_applied(resource, version, empty, self._scope(target, partial), manager)
         obj = self._conform(target, partial, WriteOptions(validation="Ignore"), name=target.name)
         if resource.namespaced:
@@ -223,7 +225,11 @@ class Operations:
         asked = new.setdefault("metadata", {}).get("resourceVersion")
         if target.subresource == "status":
             kept = {k: v for k, v in old.items() if k not in ("status", "metadata")}
-            meta = new["metadata"] if resource.builtin else {**old["metadata"], "managedFields": new["metadata"].get("managedFields")}
+            meta = (
+                new["metadata"]
+                if resource.builtin
+                else {**old["metadata"], "managedFields": new["metadata"].get("managedFields")}
+            )
             new = {**kept, "metadata": meta, **({"status": new["status"]} if "status" in new else {})}
             new["metadata"]["ownerReferences"] = old["metadata"].get("ownerReferences")
         elif version.has_status:
@@ -320,10 +326,14 @@ class Operations:
         version, kind = target.version, target.resource.kind
         given, given_kind = obj.get("apiVersion"), obj.get("kind")
         if given is not None and given_kind is not None and (given, given_kind) != (version.api_version, kind):
-            raise bad_request(f'{given_kind} in version "{given}" cannot be handled as a {kind}: no kind "{given_kind}" is registered for version "{version.api_version}"')
+            raise bad_request(
+                f'{given_kind} in version "{given}" cannot be handled as a {kind}: no kind "{given_kind}" is registered for version "{version.api_version}"'
+            )
         meta = obj.get("metadata")
         if meta is not None and not isinstance(meta, dict):
-            raise bad_request(f'{kind} in version "{version.api_version}" cannot be handled as a {kind}: metadata must be an object')
+            raise bad_request(
+                f'{kind} in version "{version.api_version}" cannot be handled as a {kind}: metadata must be an object'
+            )
         name = (meta or {}).get("name")
         if target.name and name and name != target.name:
             raise bad_request(f"the name of the object ({name}) does not match the name on the URL ({target.name})")
@@ -341,8 +351,15 @@ class Operations:
             plural = target.resource.store_name
             text = f"unable to create new content in namespace {target.namespace} because it is being terminated"
             name = target.name or ""
-            cause = {"reason": "NamespaceTerminating", "message": f"namespace {target.namespace} is being terminated", "field": "metadata.namespace"}
-            raise forbidden(f'{plural} "{name}" is forbidden: {text}', {"name": name, "kind": target.resource.plural, "causes": [cause]})
+            cause = {
+                "reason": "NamespaceTerminating",
+                "message": f"namespace {target.namespace} is being terminated",
+                "field": "metadata.namespace",
+            }
+            raise forbidden(
+                f'{plural} "{name}" is forbidden: {text}',
+                {"name": name, "kind": target.resource.plural, "causes": [cause]},
+            )
 
     def _conform(
         self, target: Target, obj: JSON, options: WriteOptions, *, name: str = "", complete: bool = True

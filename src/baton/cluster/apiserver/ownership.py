@@ -6,12 +6,11 @@ structured-merge-diff. Not here: the algebra of field sets (see `fieldset`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from baton.cluster.apiserver import fieldset
-from baton.cluster.apiserver.errors import StatusError, qualified
+from baton.cluster.apiserver.errors import StatusError
 from baton.cluster.apiserver.fieldset import FieldSet
 from baton.cluster.apiserver.metadata import timestamp
 from baton.cluster.apiserver.resources import Resource, Version
@@ -205,7 +204,10 @@ def conflict_error(resource: Resource, clashes: dict[Manager, FieldSet]) -> Stat
     if count == 1:
         text = f"{lines[0][0]}: {lines[0][1][0]}"
     else:
-        text = "\n".join(f"conflicts with {who.removeprefix('conflict with ')}:\n" + "\n".join(f"- {f}" for f in fs) for who, fs in lines)
+        text = "\n".join(
+            f"conflicts with {who.removeprefix('conflict with ')}:\n" + "\n".join(f"- {f}" for f in fs)
+            for who, fs in lines
+        )
     plural = "conflict" if count == 1 else "conflicts"
     message = f"Apply failed with {count} {plural}: {text}"
     return StatusError(409, "Conflict", message, {"causes": causes})

@@ -32,9 +32,15 @@ def json_patch(target: JSON, operations: Any) -> JSON:
     """Applies the list of operations; raises 400 for a malformed one, 422 for one that does not fit the object."""
     if not isinstance(operations, list):
         what = "object" if isinstance(operations, dict) else type(operations).__name__
-        raise bad_request(f"error decoding patch: json: cannot unmarshal {what} into Go value of type []handlers.jsonPatchOp")
+        raise bad_request(
+            f"error decoding patch: json: cannot unmarshal {what} into Go value of type []handlers.jsonPatchOp"
+        )
     if len(operations) > MAX_OPERATIONS:
-        raise StatusError(413, "RequestEntityTooLarge", f"The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {len(operations)}")
+        raise StatusError(
+            413,
+            "RequestEntityTooLarge",
+            f"The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {len(operations)}",
+        )
     document: Any = copy.deepcopy(target)
     for index, operation in enumerate(operations):
         if not isinstance(operation, dict) or not isinstance(operation.get("path"), str) or "op" not in operation:
@@ -42,7 +48,9 @@ def json_patch(target: JSON, operations: Any) -> JSON:
         try:
             document = _apply(document, operation)
         except (KeyError, IndexError, TypeError, ValueError):
-            raise StatusError(422, "Invalid", "the server rejected our request due to an error in our request", {}) from None
+            raise StatusError(
+                422, "Invalid", "the server rejected our request due to an error in our request", {}
+            ) from None
     if not isinstance(document, dict):
         raise bad_request("the patched document is not an object")
     return document

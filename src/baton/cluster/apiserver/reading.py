@@ -84,7 +84,11 @@ def list_objects(request: Request, selection: Selection, store: Store) -> tuple[
     if max(at, revision or 0) > current:
         raise future_revision(max(at, revision or 0), current)
     if at < store.floor:
-        raise expired("The provided continue parameter is too old to display a consistent list result." if token else f"The resourceVersion for the provided list is too old: {at}")
+        raise expired(
+            "The provided continue parameter is too old to display a consistent list result."
+            if token
+            else f"The resourceVersion for the provided list is too old: {at}"
+        )
     found = [o for o in _objects(store, selection, at, after) if selection.matches(o)]
     meta: JSON = {"resourceVersion": str(at)}
     if limit and len(found) > limit and not (revision == 0 and not token):
@@ -107,7 +111,9 @@ def _check_list_options(request: Request, revision: int | None, match: str) -> N
         text = "resourceVersionMatch is forbidden unless resourceVersion is provided"
         causes.append(Cause.forbidden("resourceVersionMatch", text))
     elif match == "Exact" and revision == 0:
-        causes.append(Cause.forbidden("resourceVersionMatch", 'resourceVersionMatch "exact" is forbidden for resourceVersion "0"'))
+        causes.append(
+            Cause.forbidden("resourceVersionMatch", 'resourceVersionMatch "exact" is forbidden for resourceVersion "0"')
+        )
     if causes:
         raise invalid("ListOptions", "meta.k8s.io", "", causes)
 

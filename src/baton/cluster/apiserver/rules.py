@@ -122,7 +122,11 @@ def _service(obj: JSON) -> list[Cause]:
         out.append(Cause.required("spec.externalName"))
     address = spec.get("clusterIP")
     if address and address != "None" and not _is_address(address):
-        out.append(Cause.invalid("spec.clusterIPs[0]", address, "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"))
+        out.append(
+            Cause.invalid(
+                "spec.clusterIPs[0]", address, "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"
+            )
+        )
     out += check_labels(spec.get("selector") or {}, "spec.selector")
     _service_ports(ports, out)
     return out
@@ -260,7 +264,10 @@ def _endpoint_slice(obj: JSON) -> list[Cause]:
 def _node(obj: JSON) -> list[Cause]:
     out = []
     for index, taint in enumerate((obj.get("spec") or {}).get("taints") or []):
-        out += [Cause.invalid(f"spec.taints[{index}].key", taint.get("key"), t) for t in check_qualified(taint.get("key") or "")]
+        out += [
+            Cause.invalid(f"spec.taints[{index}].key", taint.get("key"), t)
+            for t in check_qualified(taint.get("key") or "")
+        ]
     return out
 
 

@@ -30,7 +30,7 @@ def pod_spec_causes(spec: JSON, path: str, *, template_of: str = "") -> list[Cau
     for field in ("initContainers", "containers"):
         for index, container in enumerate(spec.get(field) or []):
             _container(container, f"{path}.{field}[{index}]", names, volumes, field, out)
-    allowed = ("Always",) if template_of else ("Always", "OnFailure", "Never")
+    allowed: tuple[str, ...] = ("Always",) if template_of else ("Always", "OnFailure", "Never")
     if spec.get("restartPolicy") not in (*allowed, None):
         out.append(Cause.not_supported(f"{path}.restartPolicy", spec["restartPolicy"], allowed))
     if spec.get("dnsPolicy") not in ("ClusterFirstWithHostNet", "ClusterFirst", "Default", "None", None):
@@ -72,9 +72,7 @@ def _volume_source(volume: JSON, path: str) -> list[Cause]:
     return out
 
 
-def _container(
-    container: JSON, path: str, names: set[str], volumes: set[str], field: str, out: list[Cause]
-) -> None:
+def _container(container: JSON, path: str, names: set[str], volumes: set[str], field: str, out: list[Cause]) -> None:
     name = container.get("name") or ""
     if name:
         out += [Cause.invalid(f"{path}.name", name, text) for text in check_label(name)]
@@ -95,7 +93,9 @@ def _container(
         if container.get(probe) is None:
             continue
         if field == "initContainers" and not sidecar:
-            out.append(Cause.forbidden(f"{path}.{probe}", "may not be set for init containers without restartPolicy=Always"))
+            out.append(
+                Cause.forbidden(f"{path}.{probe}", "may not be set for init containers without restartPolicy=Always")
+            )
         _probe(container[probe], f"{path}.{probe}", probe, out)
 
 
@@ -103,7 +103,9 @@ def _env(env: list[JSON], path: str, out: list[Cause]) -> None:
     for index, entry in enumerate(env):
         name = entry.get("name") or ""
         if "=" in name:
-            out.append(Cause.invalid(f"{path}[{index}].name", name, "a valid environment variable name must not contain '='"))
+            out.append(
+                Cause.invalid(f"{path}[{index}].name", name, "a valid environment variable name must not contain '='")
+            )
         source = entry.get("valueFrom")
         if source is None:
             continue
@@ -112,7 +114,11 @@ def _env(env: list[JSON], path: str, out: list[Cause]) -> None:
             out.append(Cause.invalid(f"{path}[{index}].valueFrom", "", text))
         if len(source) != 1:
             text = "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef` or `secretKeyRef`"
-            wrong = Cause.invalid(f"{path}[{index}].valueFrom", "", text if not source else "may not have more than one field specified at a time")
+            wrong = Cause.invalid(
+                f"{path}[{index}].valueFrom",
+                "",
+                text if not source else "may not have more than one field specified at a time",
+            )
             out.append(wrong)
 
 

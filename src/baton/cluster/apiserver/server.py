@@ -58,7 +58,7 @@ async def serve(app: ApiServer, host: str = "127.0.0.1", port: int = 0) -> Servi
         listener.close()
         raise
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         lifespan="off",
         log_level="warning",
         access_log=False,

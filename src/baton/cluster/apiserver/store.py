@@ -52,7 +52,7 @@ class Key(NamedTuple):
     name: str
 
 
-class StoreClosed(Exception):
+class StoreClosedError(Exception):
     """The store was closed while a write waited; the write did not happen."""
 
 
@@ -153,6 +153,7 @@ class Store:
         self._resources: dict[str, ResourceLog] = {}
         self._pending: dict[Key, tuple[int, JSON | None]] = {}  # newest write of each key that is not committed yet
         self._queue: list[_Write] = []
+        self._newest: asyncio.Future[int] | None = None  # of the write queued last
         self._committing = False
         self._listeners: list[Callable[[list[Change]], None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="baton-store")
@@ -198,7 +199,7 @@ class Store:
         is taken over: its metadata is replaced, the rest is shared.
         """
         if self.closed:
-            raise StoreClosed
+            raise StoreClosedError
         previous = self.latest(key)
         self.revision += 1
         stored = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(self.revision)}}
@@ -209,6 +210,7 @@ class Store:
         # A caller whose client went away no longer awaits the future; its failure is reported to the next one.
         done.add_done_callback(lambda f: None if f.cancelled() else f.exception())
         self._queue.append(_Write(change, done))
+        self._newest = done
         if not self._committing:
             self._committing = True
             loop.call_soon(self._start_commit, loop)
@@ -216,10 +218,8 @@ class Store:
 
     async def flush(self) -> None:
         """Returns when every write queued so far is committed."""
-        if self._queue:
-            await asyncio.wait([self._queue[-1].done])
-        while self._committing:
-            await asyncio.sleep(0.001)
+        if self._newest is not None and not self._newest.done():
+            await asyncio.wait([self._newest])
 
     async def close(self) -> None:
         """Commits what is queued, wakes every watch, closes the file."""

@@ -6,7 +6,6 @@ Owns `strategic_merge`. Directives: `$patch: replace|delete|merge`, `$retainKeys
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from baton.cluster.apiserver.errors import bad_request
@@ -25,7 +24,7 @@ def strategic_merge(target: JSON, patch: JSON, schema: Schema) -> JSON:
 def _map(target: JSON, patch: JSON, schema: Schema) -> JSON:
     directive = patch.get("$patch")
     if directive == "replace":
-        return _clean({k: v for k, v in patch.items() if k != "$patch"})
+        return _clean_map({k: v for k, v in patch.items() if k != "$patch"})
     if directive == "delete":
         return {}
     if directive not in (None, "merge"):
@@ -61,9 +60,9 @@ def _map(target: JSON, patch: JSON, schema: Schema) -> JSON:
 def _list(target: list[Any], patch: list[Any], schema: Schema, order: list[Any] | None, name: str) -> list[Any]:
     key = schema.merge_key
     if key is None:
-        return _clean([v for v in patch if not (isinstance(v, dict) and "$patch" in v and len(v) == 1)])
+        return _clean_list([v for v in patch if not (isinstance(v, dict) and "$patch" in v and len(v) == 1)])
     if any(isinstance(v, dict) and v.get("$patch") == "replace" for v in patch):
-        return _clean([v for v in patch if v != {"$patch": "replace"}])
+        return _clean_list([v for v in patch if v != {"$patch": "replace"}])
     if key == "":
         out = list(target) + [v for v in patch if v not in target]
     else:
@@ -116,8 +115,16 @@ def _ordered(items: list[Any], order: list[Any], schema: Schema) -> list[Any]:
     return [items[p[1]] for p in merged]
 
 
+def _clean_map(value: JSON) -> JSON:
+    return {k: _clean(v) for k, v in value.items() if v is not None and not k.startswith("$")}
+
+
+def _clean_list(value: list[Any]) -> list[Any]:
+    return [_clean(v) for v in value]
+
+
 def _clean(value: Any) -> Any:
     """A patch value as content: without directives and nulls."""
     if isinstance(value, dict):
-        return {k: _clean(v) for k, v in value.items() if v is not None and not k.startswith("$")}
-    return [_clean(v) for v in value] if isinstance(value, list) else copy.copy(value)
+        return _clean_map(value)
+    return _clean_list(value) if isinstance(value, list) else value

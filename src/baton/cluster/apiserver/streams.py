@@ -51,7 +51,9 @@ class Streams:
         container = choose_container(pod, request.query.get("container", ""))
         options = _log_options(request)
         if not (pod.get("spec") or {}).get("nodeName"):
-            raise bad_request(f'container "{container}" in pod "{target.name}" is waiting to start: pod is not scheduled yet')
+            raise bad_request(
+                f'container "{container}" in pod "{target.name}" is waiting to start: pod is not scheduled yet'
+            )
         chunks = self._nodes.logs(target.namespace, target.name, container, options)
         started = False
         try:

@@ -113,14 +113,18 @@ async def bind(request: Request, target: Target, operations: Operations) -> None
         if taken and taken != node:
             raise conflict("pods/binding", "", target.name, f'pod {target.name} is already assigned to node "{taken}"')
         if pod["metadata"].get("deletionTimestamp"):
-            raise conflict("pods/binding", "", target.name, f"pod {target.name} is being deleted, cannot be assigned to a host")
+            raise conflict(
+                "pods/binding", "", target.name, f"pod {target.name} is being deleted, cannot be assigned to a host"
+            )
         return {**pod, "spec": {**pod["spec"], "nodeName": node}}
 
     options = writing.write_options(request)
     main = replace(target, subresource="")
     await operations.update(main, change, options)
     await operations.update(replace(target, subresource="status"), _scheduled, WriteOptions(manager=options.manager))
-    await send_json(request, 201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201})
+    await send_json(
+        request, 201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
+    )
 
 
 def _scheduled(pod: JSON) -> JSON:
@@ -135,7 +139,9 @@ async def evict(request: Request, target: Target, operations: Operations) -> Non
     body = await request.json_object()
     options = DeleteOptions.parse(body.get("deleteOptions") or {}, request.query)
     await operations.delete(replace(target, subresource=""), options)
-    await send_json(request, 201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201})
+    await send_json(
+        request, 201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
+    )
 
 
 async def finalize(request: Request, target: Target, operations: Operations) -> None:

@@ -126,7 +126,18 @@ def _event(o: JSON) -> list[Any]:
     path = about.get("fieldPath", "")
     count = series.get("count") or o.get("count") or 1
     message = (o.get("message") or "").strip()
-    return [age(last), o.get("type", ""), o.get("reason", ""), target, path, origin, message, age(first), count, _name(o)]
+    return [
+        age(last),
+        o.get("type", ""),
+        o.get("reason", ""),
+        target,
+        path,
+        origin,
+        message,
+        age(first),
+        count,
+        _name(o),
+    ]
 
 
 def _claim(o: JSON) -> list[Any]:
@@ -248,7 +259,9 @@ BUILTIN_TABLES: dict[str, Table] = {
         _claim,
     ),
     "PersistentVolume": (
-        columns("Name|Capacity|Access Modes|Reclaim Policy|Status|Claim|StorageClass|VolumeAttributesClass|Reason|Age|VolumeMode*"),
+        columns(
+            "Name|Capacity|Access Modes|Reclaim Policy|Status|Claim|StorageClass|VolumeAttributesClass|Reason|Age|VolumeMode*"
+        ),
         _volume,
     ),
     "ControllerRevision": (columns("Name|Controller|Revision:integer|Age"), _revision),
