@@ -111,10 +111,10 @@ class Service:
                 arguments += ["--decode", process.url]
         return self.start("router", [*arguments, *flags], free_port())
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, router_path: str = "/readiness") -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         for process in self.processes.values():
-            path = "/readiness" if process.name.startswith("router") else "/health"
+            path = router_path if process.name.startswith("router") else "/health"
             while True:
                 assert process.popen.poll() is None, f"{process.name} exited:\n{process.tail()}"
                 assert time.monotonic() < deadline, f"{process.name} is not ready:\n{process.tail()}"

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.e2e.service import Process, Service, request
+from tests.e2e.service import Process, Service, free_port, request, running
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -48,13 +48,10 @@ def test_the_router_passes_a_workers_refusal_on(disaggregated: Service) -> None:
 
 
 def test_the_router_says_which_side_is_missing(tmp_path: Any, demo_model: Any) -> None:
-    from tests.e2e.service import free_port, running
-
     with running(demo_model, tmp_path) as service:
-        dead = f"http://127.0.0.1:{free_port()}"
-        router = service.router("--prefill", dead, "8998", "--decode", dead)
-        while request(router.url, "GET", "/liveness", timeout_s=30)[0] != 200:
-            pass
+        dead = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
+        router = service.router("--prefill", dead[0], "8998", "--decode", dead[1])
+        service.wait_ready("/liveness")
         status, text = router.post("/generate", {"text": "hi"})
         assert status == 503
         assert "prefill" in json.loads(text)["error"]["message"]

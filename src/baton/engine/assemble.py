@@ -20,9 +20,9 @@ from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
 from baton.engine.weights.fingerprint import model_fingerprint
-from baton.engine.weights.resolve import resolve_model
 from baton.engine.weights.loader import open_weights
 from baton.engine.weights.names import expected_tensors
+from baton.engine.weights.resolve import resolve_model
 from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
 from baton.protocol.rank import Ready

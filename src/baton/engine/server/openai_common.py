@@ -52,6 +52,9 @@ def refuse_constraints(body: OpenAIRequest) -> None:
 
 def sampling_of(ctx: ServerContext, body: OpenAIRequest, max_tokens: int | None) -> SamplingParams:
     """OpenAI's fields as sampling parameters; what is not given comes from the model's generation config."""
+    for name, value in (("max_tokens", max_tokens), ("min_tokens", body.min_tokens)):
+        if value is not None and value < 0:  # under the name that the client used, not the scheduler's
+            raise bad_request(f"{name} must be at least 0, got {value}.", name)
     values = {name: getattr(body, name) for name in _DIRECT}
     for name in _WITH_MODEL_DEFAULT:
         value = getattr(body, name)
