@@ -379,4 +379,5 @@ class Shim:
 
 
 if __name__ == "__main__":
+    os.chdir("/")
     Shim(sys.argv[1]).run()

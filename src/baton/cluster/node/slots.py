@@ -129,12 +129,12 @@ class SlotStore:
         self.root = home / "node"
         (self.root / "slots").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.addresses = AddressPool(self.root / "network.json", home)
-        self._shm_root = _shm_root(home, self.root)
+        self.shm_root = _shm_root(home, self.root)
 
     def open(self, uid: str, namespace: str, name: str, node: str) -> Slot:
         """The pod's slot, made at the first call. Raises `AddressError`, OSError."""
         directory = self.root / "slots" / uid
-        shm = self._shm_root / uid
+        shm = self.shm_root / uid
         for path in (directory, shm):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         slot = Slot(uid, namespace, name, node, self.addresses.take(uid), directory, shm)
