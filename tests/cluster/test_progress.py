@@ -122,7 +122,7 @@ def service(kind: str = "LoadBalancer", annotations: Object | None = None, addre
 
 def test_a_published_service_waits_for_its_port_and_others_do_not() -> None:
     event = {"type": "Warning", "involvedObject": {"uid": "s"}, "message": "in use", "metadata": {}}
-    there = service(annotations={"baton/published": "127.0.0.1:8000"})
+    there = service(annotations={"baton.dev/published": "127.0.0.1:8000"})
     assert [row.state for row in rows_of(there, View([], [event]))] == ["ready"]
     assert rows_of(service(), View([], [event])) == [Row("service/pd", "stuck", "in use")]
     assert [row.state for row in rows_of(service(), View([]))] == ["waiting"]
@@ -130,7 +130,7 @@ def test_a_published_service_waits_for_its_port_and_others_do_not() -> None:
 
 
 def test_addresses_are_those_a_program_here_can_use() -> None:
-    there = service(annotations={"baton/published": "127.0.0.1:9000"})
+    there = service(annotations={"baton.dev/published": "127.0.0.1:9000"})
     assert addresses([there, service("ClusterIP"), service("ClusterIP", address="None")]) == [
         ("pd", "http://127.0.0.1:9000"),
         ("pd", "http://127.9.9.9:8000"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.api import validate
 from baton.api.resources import Object, Resource, resource_of
 from baton.cluster.manifests import Manifest, Problem
 from baton.cluster_client import ApiError, Client, ClientError, NotFound
@@ -51,6 +52,10 @@ class Applier:
             if resource is None:
                 return [manifest.problem(await self._unknown_kind(manifest), "kind")]
             content = self._placed(manifest, resource)
+            # A server of another make takes a group that its controller refuses later; here the file's line is known.
+            wrong = validate(content) if resource.kind == "RoleBasedGroup" else []
+            if wrong:
+                return [manifest.problem(str(error), error.field) for error in wrong]
             metadata = content["metadata"]
             namespace = metadata.get("namespace")
             if not metadata.get("name"):

@@ -1,12 +1,11 @@
 """The directory of one embedded cluster, and which process is its daemon.
 
 Owns the layout of `$BATON_HOME`, the lock that makes the daemon the only one, its record (pid, addresses), the settings
-that outlive it (isolation, volumes, port of the API server) and the kubeconfig. Starts and stops nothing (`launch`).
+that outlive it (isolation, volumes, port and token of the API server). Starts and stops nothing (`launch`).
 """
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -17,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 ISOLATIONS = ("auto", "bubblewrap", "plain")
 
@@ -159,22 +156,6 @@ class Settings:
 
     def write(self, home: ClusterHome) -> None:
         write_private(home.settings_file, json.dumps(asdict(self), indent=1))
-
-
-def write_kubeconfig(home: ClusterHome, server: str, token: str, ca_pem: bytes | None = None) -> None:
-    """A kubeconfig with one context, `baton`; mode 0600, replaced as a whole."""
-    cluster: dict[str, Any] = {"server": server}
-    if ca_pem is not None:
-        cluster["certificate-authority-data"] = base64.b64encode(ca_pem).decode()
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "baton",
-        "clusters": [{"name": "baton", "cluster": cluster}],
-        "users": [{"name": "baton", "user": {"token": token}}],
-        "contexts": [{"name": "baton", "context": {"cluster": "baton", "user": "baton", "namespace": "default"}}],
-    }
-    write_private(home.kubeconfig, yaml.safe_dump(content, sort_keys=False))
 
 
 def write_private(path: Path, text: str) -> None:

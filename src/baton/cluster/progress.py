@@ -130,6 +130,9 @@ def _probe(pod: Object, container: str) -> str:
 
 def _group(group: Object, view: View) -> list[Row]:
     name, status = group["metadata"]["name"], group.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "Accepted" and condition["status"] == "False":
+            return [Row(f"rolebasedgroup/{name}", "stuck", f"refused: {_one_line(condition.get('message'))}")]
     told = {one.get("name"): one for one in status.get("roleStatuses") or []}
     rows = [_role(group, role, told.get(role["name"]) or {}, view, name) for role in group["spec"]["roles"]]
     if not any(row.state == "stuck" for row in rows):

@@ -21,9 +21,9 @@ from baton.cluster.manifests import Manifest
 from baton.cluster_client import Cache, Client, ClientError, EventRecorder
 
 logger = logging.getLogger(__name__)
-WANTED = "baton/publish-port"
+WANTED = "baton.dev/publish-port"
 """Annotation that asks for a port, as text."""
-PUBLISHED = "baton/published"
+PUBLISHED = "baton.dev/published"
 """Annotation that tells where, `127.0.0.1:PORT` of each port, comma between. Written by `Publisher` alone."""
 HOST = "127.0.0.1"
 RETRY_S = 2.0
