@@ -22,7 +22,7 @@ STDIN, STATUS, RESIZE, CLOSE = 0, 3, 4, 255
 SUCCESS: JSON = {"metadata": {}, "status": "Success"}
 
 
-async def run_session(request: Request, session: ExecSession, protocol: str, *, attach: bool) -> None:
+async def run_session(request: Request, session: ExecSession) -> None:
     """Relays until the process ends or the client leaves; the last message is the exit status."""
     outgoing = asyncio.create_task(_output(request, session), name="exec-output")
     incoming = asyncio.create_task(_input(request, session), name="exec-input")
@@ -31,9 +31,7 @@ async def run_session(request: Request, session: ExecSession, protocol: str, *, 
         if not outgoing.done():
             return  # the client left
         status = await _status(session, outgoing)
-        with contextlib.suppress(OSError, RuntimeError):  # it may leave while the status is on its way
-            await request.send({"type": "websocket.send", "bytes": bytes([STATUS]) + dump(status)})
-            await request.send({"type": "websocket.close", "code": 1000})
+        await _end(request, status)
     finally:
         for task in (outgoing, incoming):
             task.cancel()
@@ -76,7 +74,7 @@ async def _status(session: ExecSession, outgoing: asyncio.Task[None]) -> JSON:
     error = outgoing.exception()
     if error is not None:
         text = error.message if isinstance(error, NodeError) else f"{type(error).__name__}: {error}"
-        return {"metadata": {}, "status": "Failure", "reason": "InternalError", "message": text, "code": 500}
+        return _failure(text, 500)
     code = await session.wait()
     if code == 0:
         return SUCCESS
@@ -87,3 +85,18 @@ async def _status(session: ExecSession, outgoing: asyncio.Task[None]) -> JSON:
         "message": f"command terminated with exit code {code}",
         "details": {"causes": [{"reason": "ExitCode", "message": str(code)}]},
     }
+
+
+def _failure(text: str, code: int) -> JSON:
+    return {"metadata": {}, "status": "Failure", "reason": "InternalError", "message": text, "code": code}
+
+
+async def _end(request: Request, status: JSON) -> None:
+    with contextlib.suppress(OSError, RuntimeError):  # the client may leave while the status is on its way
+        await request.send({"type": "websocket.send", "bytes": bytes([STATUS]) + dump(status)})
+        await request.send({"type": "websocket.close", "code": 1000})
+
+
+async def send_failure(request: Request, text: str, code: int) -> None:
+    """Ends an accepted stream whose process could not be started."""
+    await _end(request, _failure(text, code))

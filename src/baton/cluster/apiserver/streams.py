@@ -12,12 +12,12 @@ from typing import Any
 
 from baton.cluster.apiserver.ages import parse_time
 from baton.cluster.apiserver.errors import StatusError, bad_request, method_not_allowed, no_such_resource
-from baton.cluster.apiserver.execute import EXEC_PROTOCOLS, run_session
+from baton.cluster.apiserver.execute import EXEC_PROTOCOLS, run_session, send_failure
 from baton.cluster.apiserver.http import Request, dump, send_chunk, start_stream
 from baton.cluster.apiserver.operations import Target
 from baton.cluster.apiserver.portforward import PORTFORWARD_PROTOCOL, forward
 from baton.cluster.apiserver.store import Store
-from baton.cluster.node_connector import LogOptions, NodeConnector, NodeError
+from baton.cluster.node_connector import ExecSession, LogOptions, NodeConnector, NodeError
 
 JSON = dict[str, Any]
 
@@ -41,10 +41,23 @@ class Streams:
                 raise method_not_allowed()
             await self._log(request, target)
             return
-        self._pod(target)
+        # A client whose WebSocket was refused tries SPDY next and shows only that answer: tell it the same reason.
+        self._check_stream(request, target)
         if request.headers.get("upgrade", "").upper().startswith("SPDY"):
             raise bad_request("SPDY/3.1 upgrades are not served; use WebSockets (kubectl 1.30 and later does)")
         raise bad_request("Upgrade request required")
+
+    def _check_stream(self, request: Request, target: Target) -> str:
+        """Raises what is known to be wrong before any stream is open; returns the container."""
+        pod = self._pod(target)
+        if target.subresource == "portforward":
+            phase = (pod.get("status") or {}).get("phase", "Pending")
+            if phase != "Running":
+                raise bad_request(f"unable to forward port because pod is not running. Current status={phase}")
+            return ""
+        if target.subresource == "exec" and not request.text_list("command"):
+            raise bad_request("you must specify at least 1 command for the container")
+        return choose_container(pod, request.query.get("container", ""))
 
     async def _log(self, request: Request, target: Target) -> None:
         pod = self._pod(target)
@@ -74,39 +87,34 @@ class Streams:
         """Checks everything before the handshake, so that errors are plain HTTP answers."""
         if target.subresource not in ("exec", "attach", "portforward") or target.resource.plural != "pods":
             raise no_such_resource()
-        pod = self._pod(target)
+        container = self._check_stream(request, target)
         offered = list(request.scope.get("subprotocols", []))
         if target.subresource == "portforward":
             if PORTFORWARD_PROTOCOL not in offered:
                 raise bad_request(f"unable to upgrade: the server speaks {PORTFORWARD_PROTOCOL}, not {offered}")
-            if (pod.get("status") or {}).get("phase") != "Running":
-                phase = (pod.get("status") or {}).get("phase", "Pending")
-                raise bad_request(f"unable to forward port because pod is not running. Current status={phase}")
             await _accept(request, PORTFORWARD_PROTOCOL)
             await forward(request, self._nodes, target.namespace, target.name)
             return
         protocol = next((p for p in EXEC_PROTOCOLS if p in offered), "" if not offered else None)
         if protocol is None:
             raise bad_request(f"unable to upgrade: the server speaks {', '.join(EXEC_PROTOCOLS)}, not {offered}")
-        container = choose_container(pod, request.query.get("container", ""))
-        session = await self._open(request, target, container)
+        await _accept(request, protocol)
         try:
-            await _accept(request, protocol)
-            await run_session(request, session, protocol, attach=target.subresource == "attach")
+            session = await self._open(request, target, container)
+        except NodeError as error:
+            await send_failure(request, error.message, error.code)
+            return
+        try:
+            await run_session(request, session)
         finally:
             await session.close()
 
-    async def _open(self, request: Request, target: Target, container: str) -> Any:
+    async def _open(self, request: Request, target: Target, container: str) -> ExecSession:
         stdin, tty = request.flag("stdin"), request.flag("tty")
-        try:
-            if target.subresource == "attach":
-                return await self._nodes.attach(target.namespace, target.name, container, stdin=stdin, tty=tty)
-            command = request.text_list("command")
-            if not command:
-                raise bad_request("you must specify at least 1 command for the container")
-            return await self._nodes.exec(target.namespace, target.name, container, command, stdin=stdin, tty=tty)
-        except NodeError as error:
-            raise status_of(error) from None
+        if target.subresource == "attach":
+            return await self._nodes.attach(target.namespace, target.name, container, stdin=stdin, tty=tty)
+        command = request.text_list("command")
+        return await self._nodes.exec(target.namespace, target.name, container, command, stdin=stdin, tty=tty)
 
     async def refuse(self, request: Request, error: StatusError) -> None:
         """An HTTP answer instead of the handshake (or, after it, nothing: the stream is already closed)."""
