@@ -17,7 +17,6 @@ app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, help
 app.command("model")(model_command.model)
 app.command("ask")(ask_command.ask)
 app.command("serve")(serve_command.serve)
-app.command("down")(serve_command.down)
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -44,6 +43,17 @@ def version() -> None:
     typer.echo(baton.__version__)
 
 
+def register_cluster_commands() -> None:
+    """The commands of the embedded cluster, whose imports cost a worker's start a quarter of a second."""
+    from baton.cli import up as up_command
+
+    app.command("up")(up_command.up)
+    app.command("down")(up_command.down)
+    app.command("env")(up_command.env)
+
+
 def main() -> None:
     """Entry point of the `baton` script."""
+    if sys.argv[1:2] not in (["engine"], ["router"]):
+        register_cluster_commands()
     app()

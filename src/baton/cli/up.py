@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from baton.cli import serve
 from baton.cli.live import Lines
 from baton.cluster import launch
 from baton.cluster.apply import Applied, Applier
@@ -63,7 +64,10 @@ def down(
     with errors_as_lines("down"):
         place = ClusterHome.find(home)
         stopped = launch.stop(place)
-        typer.echo("stopped" if stopped else "nothing is running")
+        if stopped or serve.running_pid() is None:
+            typer.echo("stopped" if stopped else "nothing is running")
+        if serve.running_pid() is not None:
+            serve.down()
         if purge:
             launch.purge(place)
             typer.echo(f"forgotten: state and logs in {place.root}")

@@ -26,15 +26,17 @@ import baton
 from baton import api
 from baton.api.resources import CUSTOM_RESOURCE_DEFINITIONS
 from baton.cluster.apiserver import ApiServer, Serving, Store, kubeconfig, serve
+from baton.cluster.claims import default_source
 from baton.cluster.home import ClusterHome, DaemonRecord, HomeError, Settings, write_private
 from baton.cluster.logfmt import configure_logging
 from baton.cluster.node.agent import NodeAgent, NodeConfig
 from baton.cluster.node.isolation import IsolationError
 from baton.cluster.node.slots import SlotStore
 from baton.cluster.publish import Publisher
+from baton.cluster.services.agent import ServiceAgent
 from baton.cluster.shutdown import stop_pods
 from baton.cluster_client import Client, ClusterConfig
-from baton.controllers.runner import run_controllers
+from baton.controllers.runner import Runner, builtin_controllers, our_controllers
 
 logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
@@ -112,17 +114,18 @@ class Daemon:
             stack.push_async_callback(serving.close)
             await stack.enter_async_context(client)
             await install_types(client)
-            await self._run_parts(client, agent, serving)
+            await self._run_parts(client, agent, serving, slots)
             if self._config.with_node:
                 await stop_pods(client, slots)
         logger.info("stopped")
 
-    async def _run_parts(self, client: Client, agent: NodeAgent, serving: Serving) -> None:
+    async def _run_parts(self, client: Client, agent: NodeAgent, serving: Serving, slots: SlotStore) -> None:
         """Everything that is a client, until `stop`."""
         async with asyncio.TaskGroup() as group:
-            parts = [group.create_task(run_controllers(client), name="controllers")]
-            parts.append(group.create_task(Publisher(client).run(), name="publisher"))
+            parts = [group.create_task(self._controllers(client).run(), name="controllers")]
             if self._config.with_node:
+                parts.append(group.create_task(ServiceAgent(client).run(), name="service proxy"))
+                parts.append(group.create_task(Publisher(client).run(), name="publisher"))
                 parts.append(group.create_task(agent.run(), name="node agent"))
                 await first_of(agent.ready, self._stop, *parts)
             self._announce(serving, agent)
@@ -139,6 +142,17 @@ class Daemon:
         record = DaemonRecord(os.getpid(), serving.url, isolation.name, isolation.note, baton.__version__)
         record.write(self._home)
         logger.info("ready", extra={"server": serving.url, "isolation": isolation.name, "home": str(self._home.root)})
+
+    def _controllers(self, client: Client) -> Runner:
+        directories = ClaimDirectories(self._home)
+
+        def source(claim: api.Object) -> api.Object:
+            found = default_source(claim, directories, self._home.volumes)
+            if "hostPath" in found:
+                Path(found["hostPath"]["path"]).mkdir(parents=True, exist_ok=True)
+            return found
+
+        return Runner(client, [*our_controllers(), *builtin_controllers(source)])
 
     def _agent(self, client: Client, slots: SlotStore) -> NodeAgent:
         model = self._config.demo_model
