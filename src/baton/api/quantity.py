@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from functools import lru_cache
 
 _SUFFIX: dict[str, Decimal] = {
     "n": Decimal("1e-9"),
@@ -26,7 +27,11 @@ _SUFFIX: dict[str, Decimal] = {
 
 def parse_quantity(value: object) -> Decimal:
     """The number a quantity stands for. Raises ``ValueError`` naming the text."""
-    text = str(value).strip()
+    return _parse(str(value).strip())
+
+
+@lru_cache(maxsize=4096)  # the same few texts come up for every pod of every pass
+def _parse(text: str) -> Decimal:
     digits = text.rstrip("numkMGTPEi") if not _is_exponent(text) else text
     try:
         number = Decimal(digits) * _SUFFIX[text[len(digits) :]]

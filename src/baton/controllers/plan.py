@@ -125,6 +125,8 @@ class Controller(Generic[Observed]):
     primary: Callable[[Observed], Object | None]
     resource: Resource
     labels: dict[Resource, tuple[str, ...]] = field(default_factory=dict)
+    rejected: Callable[[Object, Object, list[tuple[Action, str]], datetime], Object] | None = None
+    """``(primary, planned status, refused actions with messages, now) -> status`` that tells of the refusals."""
 
 
 def own_key(obj: Object, _: World) -> Iterable[str]:

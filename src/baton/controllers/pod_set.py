@@ -34,7 +34,7 @@ UpdateType = Literal["OnDelete", "RecreatePod", "InPlaceIfPossible", "InPlaceOnl
 class Hold:
     """The one thing a set of pods waits for: ``gate`` is a fixed word, ``reason`` a sentence for people."""
 
-    gate: Literal["Dependency", "Conflict", "Paused", "InPlaceOnly", "Budget", "Order", "Ready"]
+    gate: Literal["Rejected", "Dependency", "Conflict", "Paused", "InPlaceOnly", "Budget", "Order", "Ready"]
     reason: str
 
 

@@ -1,0 +1,1 @@
+"""EndpointSlices of Services with selectors, for clusters without kube-controller-manager."""

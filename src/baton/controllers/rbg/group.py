@@ -34,7 +34,7 @@ from baton.controllers.pod_set import Hold
 from baton.controllers.rbg.discovery import plan_config_map
 from baton.controllers.rbg.roles import RoleContext, RoleResult, by_role, plan_orphans, plan_roles, templates_of
 from baton.controllers.rbg.services import plan_alias_slices, plan_services, service_names
-from baton.controllers.rbg.status import group_status, notes_on_change, refused_status, role_statuses
+from baton.controllers.rbg.status import group_status, notes_on_change, refused_status, rejected_status, role_statuses
 
 _HISTORY_LIMIT = 5
 
@@ -173,4 +173,5 @@ CONTROLLER: Controller[GroupObserved] = Controller(
     observe=observe,
     reconcile=reconcile,
     primary=lambda observed: observed.group,
+    rejected=rejected_status,
 )

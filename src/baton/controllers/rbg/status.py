@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from baton.api.labels import ROLE_NAME
 from baton.api.resources import Object
 from baton.api.wire import FieldError
-from baton.controllers.plan import Note, format_time, set_condition
+from baton.controllers.plan import Action, Create, Note, format_time, set_condition
 from baton.controllers.pod_set import Hold
 from baton.controllers.rbg.roles import RoleResult
 
@@ -97,6 +98,31 @@ def refused_status(group: Object, errors: list[FieldError], now: datetime) -> Ob
         "conditions": conditions,
         "hold": message,
     }
+
+
+def rejected_status(group: Object, planned: Object, refusals: list[tuple[Action, str]], now: datetime) -> Object:
+    """``planned`` with a hold on every role whose pod the API server refused."""
+    old = role_statuses(group)
+    holds: dict[str, Hold] = {}
+    for action, message in refusals:
+        role = _role_of(action)
+        if role:
+            holds.setdefault(role, Hold("Rejected", message))
+    entries = [
+        {**entry, "hold": _hold(holds[entry["name"]], old.get(entry["name"], {}).get("hold") or {}, now)}
+        if entry["name"] in holds
+        else entry
+        for entry in planned.get("roleStatuses") or []
+    ]
+    first = next(((entry["name"], entry["hold"]) for entry in entries if entry["name"] in holds), None)
+    text = f"{first[0]}: {first[1]['reason']}" if first else refusals[0][1]
+    return {**planned, "roleStatuses": entries, "hold": text}
+
+
+def _role_of(action: Action) -> str:
+    if isinstance(action, Create):
+        return str((action.obj["metadata"].get("labels") or {}).get(ROLE_NAME) or "")
+    return ""
 
 
 def notes_on_change(group: Object, status: Object) -> list[Note]:

@@ -1,0 +1,1 @@
+"""Binding claims to volumes, for clusters without kube-controller-manager."""
