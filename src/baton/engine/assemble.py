@@ -25,6 +25,7 @@ from baton.engine.weights.names import expected_tensors
 from baton.engine.weights.resolve import resolve_model
 from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
+from baton.protocol.listen import listen_host
 from baton.protocol.rank import Ready
 from baton.transfer.base import DecodeTransfer, PageLayout, PrefillTransfer, Wake
 from baton.transfer.config import TransferConfig, parse_backend
@@ -190,10 +191,11 @@ def open_transfer(
     if note:
         logger.info("--disaggregation-transfer-backend %s: %s", args.disaggregation_transfer_backend, note)
     config = TransferConfig.from_env(os.environ, backend=backend)
+    host = listen_host(args.host)
     if args.disaggregation_mode == "decode":
-        return open_decode_transfer(memory, layout, config, host=args.host, wake=wake)
-    bootstrap_url = f"http://{_dialled(args.host)}:{args.disaggregation_bootstrap_port}"
-    return open_prefill_transfer(memory, layout, config, host=args.host, bootstrap_url=bootstrap_url, wake=wake)
+        return open_decode_transfer(memory, layout, config, host=host, wake=wake)
+    bootstrap_url = f"http://{_dialled(host)}:{args.disaggregation_bootstrap_port}"
+    return open_prefill_transfer(memory, layout, config, host=host, bootstrap_url=bootstrap_url, wake=wake)
 
 
 def _dialled(host: str) -> str:

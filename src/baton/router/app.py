@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from random import Random
 
 from baton.protocol.errors import RequestError
+from baton.protocol.listen import listen_host
 from baton.router import routes
 from baton.router.config import RouterConfig, WorkerSpec
 from baton.router.core import Core
@@ -56,7 +57,7 @@ class Router:
 
     async def _listen(self, host: str, port: int) -> int:
         server = await self.loop.create_server(
-            lambda: ClientConnection(self, self.loop), host, port, backlog=4096, family=socket.AF_UNSPEC
+            lambda: ClientConnection(self, self.loop), listen_host(host), port, backlog=4096, family=socket.AF_UNSPEC
         )
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])

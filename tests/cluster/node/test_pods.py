@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.fakes.node_bed import NodeBed, node_bed, pod
 
 from baton.cluster.node import isolation
-from baton.cluster_client.resources import CONFIG_MAPS, PODS
-from tests.fakes.node_bed import NodeBed, node_bed, pod
 
 _PROGRAM, _PROBLEM = isolation.probe()
 

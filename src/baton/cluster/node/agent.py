@@ -25,6 +25,7 @@ from baton.cluster.node.pod_worker import NodeServices, PodWorker
 from baton.cluster.node.slots import Slot, SlotStore
 from baton.cluster.node.supervised import Supervised
 from baton.cluster.node.volumes import referenced
+from baton.cluster.services.agent import ServiceAgent
 from baton.cluster_client import Change, Client
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class NodeAgent:
         self._workers: dict[str, PodWorker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._hosts = HostsFiles(self.objects, self._living_slots)
+        self._services = ServiceAgent(client, self.objects.services)
         self._users: dict[tuple[str, str, str], set[str]] = {}
         self._shared = NodeServices(
             client=client, objects=self.objects, slots=self.slots, catalogue=Catalogue(config.home),
@@ -83,6 +85,7 @@ class NodeAgent:
             self.objects.persistent_volumes.subscribe(lambda _: self._wake_all())
             group.create_task(self._hosts.run(), name="hosts files")
             group.create_task(self.nodes.run(), name="node heartbeat")
+            group.create_task(self._services.run(), name="service proxies")
             self.ready.set()
 
     async def _adopt(self) -> None:

@@ -133,6 +133,8 @@ class Container:
         self.process = Supervised.adopt(directory, self.mark(self._record.attempt))
         self._launch = read_launch(directory)
         self.process.on_end = self._around.wake
+        if self.process.exit is not None and (self.process.exit.is_lost or (directory / "stop.json").exists()):
+            self._record.wait_s = 0.0  # the cluster or the machine was stopped: not the container's failure
         if self.is_running:
             self._start_probes()
 

@@ -43,7 +43,7 @@ def start_time(pid: int) -> int | None:
 def members(session: int, mark: str, mount_namespace: str | None) -> Iterator[int]:
     """Living processes of one container: of its session, with its mark in the environment, or in its mount namespace."""
     wanted = f"{MARKER}={mark}".encode()
-    for entry in os.listdir("/proc"):  # noqa: PTH208  (pathlib costs the shim a megabyte)
+    for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         fields = _stat(int(entry))
@@ -69,13 +69,13 @@ def write_json(path: str, value: Json) -> None:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(value, file)
-    os.rename(part, path)  # noqa: PTH104
+    os.rename(part, path)
 
 
 def _stat(pid: int) -> list[str] | None:
     """Fields of /proc/PID/stat from the state on (index 0 is field 3)."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()
     except OSError:
         return None
@@ -83,7 +83,7 @@ def _stat(pid: int) -> list[str] | None:
 
 def _has_mark(pid: str, wanted: bytes) -> bool:
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
+        with open(f"/proc/{pid}/environ", "rb") as file:
             return wanted in file.read().split(b"\0")
     except OSError:
         return False
@@ -95,7 +95,7 @@ def _in_namespace(pid: str, mount_namespace: str | None) -> bool:
 
 def mount_namespace_of(pid: int) -> str | None:
     try:
-        return os.readlink(f"/proc/{pid}/ns/mnt")  # noqa: PTH115
+        return os.readlink(f"/proc/{pid}/ns/mnt")
     except OSError:
         return None
 
@@ -152,7 +152,7 @@ class Log:
         for number in range(self._keep, 0, -1):
             source = self._path if number == 1 else f"{self._path}.{number - 1}"
             with contextlib.suppress(FileNotFoundError):
-                os.replace(source, f"{self._path}.{number}")  # noqa: PTH105
+                os.replace(source, f"{self._path}.{number}")
         self._fd, self._size = self._open(), 0
 
 
@@ -166,7 +166,7 @@ class Shim:
 
     def __init__(self, directory: str) -> None:
         self._dir = directory
-        with open(f"{directory}/launch.json", encoding="utf-8") as file:  # noqa: PTH123
+        with open(f"{directory}/launch.json", encoding="utf-8") as file:
             self._launch = json.load(file)
         self._log = Log(self._launch["log"], self._launch["log_max_bytes"], self._launch["log_keep"])
         self._mark = str(self._launch["env"][MARKER])
@@ -310,7 +310,7 @@ class Shim:
     def _on_stop(self) -> None:
         """A stop request; a later one can only make the deadline earlier."""
         try:
-            with open(f"{self._dir}/stop.json", encoding="utf-8") as file:  # noqa: PTH123
+            with open(f"{self._dir}/stop.json", encoding="utf-8") as file:
                 grace_s = float(json.load(file)["grace_s"])
         except (OSError, ValueError, KeyError):
             grace_s = 30.0

@@ -1,7 +1,7 @@
 """Slots: the place of each pod on this machine. One loopback address, one directory, one memory-backed directory.
 
-Owns the addresses: one 127.X.0.0/16 per BATON_HOME (so that several clusters run side by side), one address per living
-pod, and the addresses of Services; all persisted. Invariant: an address has at most one holder, and a released one is
+Owns the addresses: one 127.X.0.0/16 per BATON_HOME (so that several clusters run side by side) and one address per living
+pod, both persisted. The upper part of the network is left to Services, whose addresses the API server chooses. Invariant: an address has at most one holder, and a released one is
 handed out again only after every other free one. What runs in a slot is `container`'s.
 """
 
@@ -20,8 +20,7 @@ from typing import Any
 
 FIRST_HOST = 256
 """127.X.0.* stays free for the daemon's own listeners."""
-LAST_HOST = 65534
-SERVICE_FIRST = 57344
+LAST_HOST = 57343
 """127.X.224.0 and up are Services."""
 
 
@@ -64,30 +63,24 @@ class AddressPool:
         content = read_json(path)
         self.octet = int(content.get("octet") or _choose_octet(home))
         self._holders: dict[str, int] = {str(k): int(v) for k, v in (content.get("holders") or {}).items()}
-        self._next = {
-            "pod": int(content.get("next_pod") or FIRST_HOST),
-            "service": int(content.get("next_service") or 0),
-        }
-        self._next["service"] = self._next["service"] or SERVICE_FIRST
+        self._next = int(content.get("next") or FIRST_HOST)
         self._save()
 
     @property
     def network(self) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(f"127.{self.octet}.0.0/16")
 
-    def take(self, holder: str, kind: str = "pod") -> str:
+    def take(self, holder: str) -> str:
         """The holder's address, a new one at the first call. Raises `AddressError`."""
         if holder not in self._holders:
-            low, high = (FIRST_HOST, SERVICE_FIRST - 1) if kind == "pod" else (SERVICE_FIRST, LAST_HOST)
             taken = set(self._holders.values())
-            start = self._next[kind]
-            for number in [*range(start, high + 1), *range(low, start)]:
+            for number in [*range(self._next, LAST_HOST + 1), *range(FIRST_HOST, self._next)]:
                 if number not in taken and number % 256 not in (0, 255):
                     break
             else:
-                raise AddressError(f"no free {kind} address in {self.network}")
+                raise AddressError(f"no free address in {self.network}")
             self._holders[holder] = number
-            self._next[kind] = number + 1 if number < high else low
+            self._next = number + 1
             self._save()
         number = self._holders[holder]
         return f"127.{self.octet}.{number // 256}.{number % 256}"
@@ -109,17 +102,8 @@ class AddressPool:
         if self._holders.pop(holder, None) is not None:
             self._save()
 
-    def holders(self) -> frozenset[str]:
-        return frozenset(self._holders)
-
     def _save(self) -> None:
-        write_json(
-            self._path,
-            {
-                "octet": self.octet, "holders": self._holders,
-                "next_pod": self._next["pod"], "next_service": self._next["service"],
-            },
-        )  # fmt: skip
+        write_json(self._path, {"octet": self.octet, "holders": self._holders, "next": self._next})
 
 
 class SlotStore:

@@ -30,6 +30,7 @@ from baton.engine.server.client import EngineClient, RankLostError
 from baton.engine.server.context import ServerContext, stage_of
 from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
+from baton.protocol.listen import listen_host
 from baton.protocol.rank import Ready, Submit
 from baton.protocol.sampling import SamplingParams
 from baton.transfer.bootstrap import bootstrap_app
@@ -47,7 +48,7 @@ FATAL_GRACE_S = 0.2
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet. Raises OSError naming the address."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    family, kind, protocol, _, address = socket.getaddrinfo(listen_host(host), port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
