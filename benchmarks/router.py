@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--sequential", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "router.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "router.json")
     args = parser.parse_args()
     ports = [free_port(), free_port()]
     backends = [
@@ -453,9 +453,9 @@ def main() -> None:
         "settings": {name: value for name, value in vars(args).items() if name not in ("out", "sglang_router_python")},
         "results": results,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written: {args.out}")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    print(f"written: {args.json}")
 
 
 if __name__ == "__main__":
