@@ -19,5 +19,5 @@ def _matches(expression: Object, labels: dict[str, str]) -> bool:
     if operator == "NotIn":
         return bool(labels.get(key) not in values)
     if operator in ("Exists", "DoesNotExist"):
-        return bool(key in labels) == (operator == "Exists")
+        return (key in labels) is (operator == "Exists")
     raise ValueError(f"label selector operator {operator!r} is not one of In, NotIn, Exists, DoesNotExist")

@@ -1,13 +1,14 @@
 """`baton operator`: parses flags, loads the kubeconfig, runs `baton.controllers.runner.operator`, prints how it ended."""
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from baton.cluster.logfmt import configure_logging
 from baton.cluster_client import ClientError, load_config
-from baton.controllers.runner.logs import configure
 from baton.controllers.runner.operator import OperatorOptions, run_operator
 
 
@@ -32,7 +33,7 @@ def operator(
         raise typer.BadParameter(f"--listen {listen!r} is not HOST:PORT")
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"--log-level {log_level!r} is not one of debug, info, warning, error")
-    configure(log_level)
+    configure_logging(logging.getLevelNamesMapping()[log_level.upper()])
     try:
         config = load_config(kubeconfig, context)
         options = OperatorOptions(
