@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from .conftest import NS, Cluster, pod
+from tests.cluster.apiserver.conftest import NS, Cluster, pod
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,7 @@ from baton.cluster.apiserver.crd import CrdManager
 from baton.cluster.apiserver.errors import StatusError, internal, method_not_allowed, no_such_resource, unauthorized
 from baton.cluster.apiserver.gc import GarbageCollector
 from baton.cluster.apiserver.http import ClientGoneError, Receive, Request, Scope, Send, send_bytes, send_json, send_status
-from baton.cluster.apiserver.openapi import OpenApi
+from baton.cluster.apiserver.openapi import OpenApi, send_openapi_v2
 from baton.cluster.apiserver.operations import Operations, Target
 from baton.cluster.apiserver.reading import Selection
 from baton.cluster.apiserver.resources import Conversion, Registry
@@ -140,6 +140,8 @@ class ApiServer:
                 await self._openapi.send_index(request)
             else:
                 await self._openapi.send_document(request, "/".join(parts[2:]))
+        elif parts == ["openapi", "v2"]:
+            await send_openapi_v2(request)
         elif not parts:
             await send_json(
                 request, 200, {"paths": ["/api", "/apis", "/healthz", "/livez", "/openapi/v3", "/readyz", "/version"]}

@@ -1,7 +1,7 @@
 """OpenAPI v3: enough for kubectl's validation to hand over to the server, and for `kubectl explain`.
 
-Owns the index and one document per group-version, made from the schemas that also judge writes. OpenAPI v2 is not
-served: kubectl falls back to it only when v3 lacks something. Not here: discovery.
+Owns the index and one document per group-version, made from the schemas that also judge writes. OpenAPI v2 is an
+empty document: kubectl falls back to it only when v3 lacks something. Not here: discovery.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from baton.cluster.apiserver.errors import StatusError, no_such_resource
+from baton.cluster.apiserver.errors import no_such_resource
 from baton.cluster.apiserver.http import Request, dump, send_bytes
 from baton.cluster.apiserver.resources import Registry, Resource, Version
 from baton.cluster.apiserver.schema import ABSENT, Schema
@@ -62,8 +62,18 @@ class OpenApi:
         await send_bytes(request, 200, body, headers=headers)
 
 
-def no_openapi_v2() -> StatusError:
-    return no_such_resource()
+# A protobuf Document with swagger "2.0", the title and version, and no paths.
+_EMPTY_V2 = b"\x0a\x032.0\x12\x15\x0a\x0aKubernetes\x12\x07v1.36.2"
+_V2_TYPE = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
+
+
+async def send_openapi_v2(request: Request) -> None:
+    """An empty document: kubectl asks for v2 only about kinds that v3 lacks, and a refusal would hide that."""
+    if "protobuf" in request.headers.get("accept", ""):
+        await send_bytes(request, 200, _EMPTY_V2, content_type=_V2_TYPE)
+        return
+    info = {"title": "Kubernetes", "version": "v1.36.2"}
+    await send_bytes(request, 200, dump({"swagger": "2.0", "info": info, "paths": {}, "definitions": {}}))
 
 
 def _hash(body: bytes) -> str:
