@@ -64,10 +64,11 @@ def down(
     with errors_as_lines("down"):
         place = ClusterHome.find(home)
         stopped = launch.stop(place)
-        if stopped or serve.running_pid() is None:
-            typer.echo("stopped" if stopped else "nothing is running")
-        if serve.running_pid() is not None:
+        supervised = (place.root / "serve" / "pid").exists()
+        if supervised:
             serve.down()
+        if stopped or not supervised:
+            typer.echo("stopped" if stopped else "nothing is running")
         if purge:
             launch.purge(place)
             typer.echo(f"forgotten: state and logs in {place.root}")
