@@ -58,6 +58,7 @@ class WatchStream:
         return [json.loads(line) for line in self._response.readlines()]
 
     def close(self) -> None:
+        self._response.close()
         self._connection.close()
 
 
@@ -68,6 +69,7 @@ class Cluster:
         self.directory = directory
         self.nodes = FakeNodes()
         self.conversions = conversions or {}
+        self.watches: list[WatchStream] = []
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
@@ -176,7 +178,13 @@ class Cluster:
     def watch(self, path: str, accept: str = "application/json") -> WatchStream:
         connection = self.connect()
         connection.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}", "Accept": accept})
-        return WatchStream(connection, connection.getresponse())
+        stream = WatchStream(connection, connection.getresponse())
+        self.watches.append(stream)
+        return stream
+
+    def close_watches(self) -> None:
+        while self.watches:
+            self.watches.pop().close()
 
     def settle(self) -> None:
         """Waits until the garbage collector has nothing to do."""
@@ -198,6 +206,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def closed_watches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Watches that a test opened end with it."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").close_watches()
 
 
 NS = "/api/v1/namespaces/default"

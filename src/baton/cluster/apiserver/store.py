@@ -158,7 +158,7 @@ class Store:
         self._listeners: list[Callable[[list[Change]], None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="baton-store")
         self.closed = False
-        self._db = sqlite3.connect(str(path), check_same_thread=False, isolation_level=None)
+        self._db = sqlite3.connect(str(path), timeout=0.5, check_same_thread=False, isolation_level=None)
         self._open_database()
         self.floor = self._fact("floor")
         self.revision = self.committed_revision = self._load()
