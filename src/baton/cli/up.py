@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from baton.api.resources import SERVICES
 from baton.cli import serve
 from baton.cli.live import Lines
 from baton.cluster import launch
@@ -19,8 +20,8 @@ from baton.cluster.follow import Follower, Outcome
 from baton.cluster.home import ISOLATIONS, ClusterHome, DaemonRecord, HomeError, Settings
 from baton.cluster.manifests import Manifest, load
 from baton.cluster.progress import addresses
-from baton.cluster.publish import published
-from baton.cluster_client import Client, ClientError, load_config
+from baton.cluster.publish import check_names, choose_port
+from baton.cluster_client import Client, ClientError, ClusterConfig
 
 HomeOption = Annotated[Path | None, typer.Option("--home", help="state directory [default: $BATON_HOME or ~/.baton]")]
 
@@ -48,8 +49,10 @@ def up(
             typer.echo(str(problem), err=True)
         is_ready = True
         if manifests:
-            work = bring_up(place, published(manifests, ports), namespace, timeout if wait else None)
-            is_ready = asyncio.run(work)
+            check_names(manifests, ports)
+            is_ready = asyncio.run(
+                bring_up(record.client_config(place), manifests, ports, namespace, timeout if wait else None)
+            )
         if not files:
             typer.echo('a kubectl for it: eval "$(baton env)"')
         if problems or not is_ready:
@@ -100,14 +103,18 @@ def start(place: ClusterHome, isolation: str | None, volumes: dict[str, str]) ->
     return record, started
 
 
-async def bring_up(place: ClusterHome, manifests: list[Manifest], namespace: str, timeout_s: float | None) -> bool:
+async def bring_up(
+    config: ClusterConfig, manifests: list[Manifest], ports: dict[str, int], namespace: str, timeout_s: float | None
+) -> bool:
     """Apply, wait, print; whether all of it is in the cluster and ready."""
-    async with Client(load_config(place.kubeconfig), user_agent="baton-up", field_manager="baton-up") as client:
+    async with Client(config, user_agent="baton-up", field_manager="baton-up") as client:
         applier, applied, is_complete = Applier(client, namespace), list[Applied](), True
         for manifest in manifests:
             result = await applier.apply(manifest)
             if isinstance(result, Applied):
                 applied.append(result)
+                if result.resource == SERVICES and manifest.name in ports:
+                    await choose_port(client, result.object, ports[manifest.name])
                 typer.echo(f"{result.title} {result.outcome}")
             else:
                 is_complete = False

@@ -25,6 +25,7 @@ import yaml
 import baton
 from baton import api
 from baton.api.resources import CUSTOM_RESOURCE_DEFINITIONS
+from baton.cluster import dataplane
 from baton.cluster.apiserver import ApiServer, Serving, Store, kubeconfig, serve
 from baton.cluster.claims import default_source
 from baton.cluster.home import ClusterHome, DaemonRecord, HomeError, Settings, write_private
@@ -32,10 +33,8 @@ from baton.cluster.logfmt import configure_logging
 from baton.cluster.node.agent import NodeAgent, NodeConfig
 from baton.cluster.node.isolation import IsolationError
 from baton.cluster.node.slots import SlotStore
-from baton.cluster.publish import Publisher
-from baton.cluster.services.agent import ServiceAgent
 from baton.cluster.shutdown import stop_pods
-from baton.cluster_client import Client, ClusterConfig
+from baton.cluster_client import Client
 from baton.controllers.runner import Runner, builtin_controllers, our_controllers
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ class Daemon:
             store = Store(self._home.database)
             stack.push_async_callback(store.close)
             url = f"http://{HOST}:{port}"
-            client = Client(self._client_config(url), user_agent="baton-daemon", field_manager="baton")
+            client = Client(self._config.settings.client_config(url), user_agent="baton-daemon", field_manager="baton")
             agent = self._agent(client, slots)
             server = ApiServer(
                 store,
@@ -114,21 +113,23 @@ class Daemon:
             stack.push_async_callback(serving.close)
             await stack.enter_async_context(client)
             await install_types(client)
-            await self._run_parts(client, agent, serving, slots)
+            await self._run_parts(client, agent, serving)
             if self._config.with_node:
+                dataplane.stop(self._home)
                 await stop_pods(client, slots)
+                await dataplane.wait_stopped(self._home)
         logger.info("stopped")
 
-    async def _run_parts(self, client: Client, agent: NodeAgent, serving: Serving, slots: SlotStore) -> None:
+    async def _run_parts(self, client: Client, agent: NodeAgent, serving: Serving) -> None:
         """Everything that is a client, until `stop`."""
         async with asyncio.TaskGroup() as group:
             parts = [group.create_task(self._controllers(client).run(), name="controllers")]
             if self._config.with_node:
-                parts.append(group.create_task(ServiceAgent(client).run(), name="service proxy"))
-                parts.append(group.create_task(Publisher(client).run(), name="publisher"))
                 parts.append(group.create_task(agent.run(), name="node agent"))
                 await first_of(agent.ready, self._stop, *parts)
             self._announce(serving, agent)
+            if self._config.with_node:
+                parts.append(group.create_task(dataplane.keep(self._home), name="data plane"))
             await first_of(self._stop, *parts)
             logger.info("stopping")
             for part in parts:
@@ -161,11 +162,9 @@ class Daemon:
             isolation=self._config.settings.isolation,  # type: ignore[arg-type]
             volumes=ClaimDirectories(self._home),
             default_volume=None if model is None else lambda: model,
+            with_services=False,
         )
         return NodeAgent(client, config, slots)
-
-    def _client_config(self, url: str) -> ClusterConfig:
-        return ClusterConfig(server=f"{url}/token/{self._config.settings.token}")
 
 
 async def install_types(client: Client) -> None:

@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from baton.cluster_client import ClusterConfig
+from baton.cluster_client.credentials import StaticToken
+
 ISOLATIONS = ("auto", "bubblewrap", "plain")
 
 
@@ -75,24 +78,20 @@ class ClusterHome:
     def settings_file(self) -> Path:
         return self.directory / "settings.json"
 
-    @property
-    def _lock_file(self) -> Path:
-        return self.directory / "daemon.lock"
-
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Be the daemon of this directory. Raises `HomeError` when another process is; the system frees it at death."""
-        with self._lock_file.open("a+") as stream:
+    def held(self, role: str = "daemon") -> Iterator[None]:
+        """Be the one process of this role here. Raises `HomeError` when another is; the system frees it at death."""
+        with (self.directory / f"{role}.lock").open("a+") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise HomeError(f"{self.root}: another daemon runs here") from None
+                raise HomeError(f"{self.root}: another {role} runs here") from None
             yield
 
-    def is_held(self) -> bool:
-        """Whether a daemon lives, whatever its record says."""
+    def is_held(self, role: str = "daemon") -> bool:
+        """Whether a process of this role lives, whatever files say."""
         try:
-            with self._lock_file.open("r") as stream:
+            with (self.directory / f"{role}.lock").open("r") as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -117,6 +116,9 @@ class DaemonRecord:
     isolation: str
     isolation_note: str = ""
     version: str = ""
+
+    def client_config(self, home: ClusterHome) -> ClusterConfig:
+        return Settings.read(home).client_config(self.server)
 
     def write(self, home: ClusterHome) -> None:
         write_private(home.record_file, json.dumps(asdict(self)))
@@ -153,6 +155,10 @@ class Settings:
         if not settings.token or settings.isolation not in ISOLATIONS:
             raise HomeError(f"{home.settings_file}: damaged; remove it (`baton down --purge` forgets everything)")
         return settings
+
+    def client_config(self, server: str) -> ClusterConfig:
+        """How processes of ours reach the API server: the token in a header, where no error message shows it."""
+        return ClusterConfig(server=server, credentials=StaticToken(self.token))
 
     def write(self, home: ClusterHome) -> None:
         write_private(home.settings_file, json.dumps(asdict(self), indent=1))

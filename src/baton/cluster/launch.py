@@ -5,6 +5,7 @@ Used by commands. Owns no state of its own (`home` does) and does not know what 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -13,8 +14,10 @@ import subprocess
 import sys
 import time
 
+from baton.cluster import dataplane
 from baton.cluster.home import ClusterHome, DaemonRecord, HomeError
 from baton.cluster.node.slots import SlotStore
+from baton.cluster.shutdown import stop_processes
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 45.0
@@ -45,10 +48,9 @@ def stop(home: ClusterHome) -> bool:
     with home.starting():
         record = DaemonRecord.read(home)
         if record is None:
-            if home.is_held():
-                record = _wait_for_record(home, None)
-            else:
-                return False
+            if not home.is_held():
+                return asyncio.run(_stop_orphans(home))
+            record = _wait_for_record(home, None)
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -60,6 +62,14 @@ def stop(home: ClusterHome) -> bool:
             time.sleep(_POLL_S)
         home.record_file.unlink(missing_ok=True)
     return True
+
+
+async def _stop_orphans(home: ClusterHome) -> bool:
+    """What a daemon that was killed left running: pods and the data plane."""
+    had_dataplane = dataplane.stop(home) is not None
+    count = await stop_processes(SlotStore(home.root)) if (home.root / "node").exists() else 0
+    await dataplane.wait_stopped(home)
+    return had_dataplane or count > 0
 
 
 def purge(home: ClusterHome) -> None:

@@ -6,6 +6,7 @@ them is the command.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from baton.api.resources import Object
 from baton.cluster.publish import PUBLISHED, routes
 
 State = Literal["ready", "waiting", "stuck"]
+_UNREACHABLE = re.compile(r"probe failed.*(refused|[Cc]annot connect|Connect call failed)")
+"""A probe's way of saying that the program does not listen yet: said shorter here."""
 STUCK_RESTARTS = 2
 """Restarts after which a container that keeps ending is called stuck: no longer likely to cure itself."""
 
@@ -90,7 +93,7 @@ def explain_pod(pod: Object, view: View) -> tuple[State, str]:
     if not pod["spec"].get("nodeName"):
         return "waiting", "waits for a node"
     warning = view.warning(pod)
-    if warning:
+    if warning and not _UNREACHABLE.search(warning):
         return "waiting", warning
     running = [one for one in status.get("containerStatuses") or [] if "running" in (one.get("state") or {})]
     if running:
@@ -200,7 +203,7 @@ def _service(service: Object, view: View) -> list[Row]:
         return []
     title = f"service/{service['metadata']['name']}"
     told = _published(service)
-    if len(told) == len(wanted):
+    if told == [f"127.0.0.1:{route.port}" for route in wanted]:
         return [Row(title, "ready", f"published at {', '.join(told)}")]
     warning = view.warning(service)
     return [Row(title, "stuck" if warning else "waiting", warning or f"waits for port {wanted[0].port} on 127.0.0.1")]

@@ -39,19 +39,21 @@ class Route:
     target: int
 
 
-def published(manifests: list[Manifest], ports: Mapping[str, int]) -> list[Manifest]:
-    """The manifests with the wish for a port on the named Services. Raises `HomeError` for a name that is no Service."""
-    missing = set(ports)
-    for manifest in manifests:
-        if manifest.kind == "Service" and manifest.name in ports:
-            metadata = manifest.content.setdefault("metadata", {})
-            annotations = metadata.get("annotations") or {}
-            metadata["annotations"] = {**annotations, WANTED: str(ports[manifest.name])}
-            missing.discard(manifest.name)
-    if missing:
-        known = ", ".join(one.name for one in manifests if one.kind == "Service") or "none"
-        raise HomeError(f"--publish {min(missing)}=...: no Service of that name in the files; there is: {known}")
-    return manifests
+def check_names(manifests: list[Manifest], ports: Mapping[str, int]) -> None:
+    """Raises `HomeError` for a port that was chosen for a Service which the manifests do not have."""
+    known = [one.name for one in manifests if one.kind == "Service"]
+    for name in ports:
+        if name not in known:
+            there = ", ".join(known) or "none"
+            raise HomeError(f"--publish {name}={ports[name]}: no Service of that name in the files; there is: {there}")
+
+
+async def choose_port(client: Client, service: Object, port: int) -> None:
+    """Ask for `port` on 127.0.0.1. Kept until another is chosen: applying the manifest again does not touch it."""
+    metadata = service["metadata"]
+    if (metadata.get("annotations") or {}).get(WANTED) != str(port):
+        body: Object = {"metadata": {"annotations": {WANTED: str(port)}}}
+        await client.patch(SERVICES, metadata["name"], metadata["namespace"], body)
 
 
 def routes(service: Object) -> tuple[Route, ...]:

@@ -34,7 +34,10 @@ ORPHAN_GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """`home` is BATON_HOME. `volumes`: claim -> directory. `default_volume` makes the demo model's directory."""
+    """`home` is BATON_HOME. `volumes`: claim -> directory. `default_volume` makes the demo model's directory.
+
+    `with_services` False: the proxies of Services run elsewhere (a process that outlives this one).
+    """
 
     home: Path
     isolation: isolation.Wanted = "auto"
@@ -43,6 +46,7 @@ class NodeConfig:
     default_volume: Callable[[], Path] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     probe_scale: float = 1.0
+    with_services: bool = True
     now: Callable[[], float] = time.time
 
 
@@ -60,7 +64,7 @@ class NodeAgent:
         self._workers: dict[str, PodWorker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._hosts = HostsFiles(self.objects, self._living_slots)
-        self._services = ServiceAgent(client, self.objects.services)
+        self._services = ServiceAgent(client, self.objects.services) if config.with_services else None
         self._users: dict[tuple[str, str, str], set[str]] = {}
         self._shared = NodeServices(
             client=client, objects=self.objects, slots=self.slots, catalogue=Catalogue(config.home),
@@ -85,7 +89,8 @@ class NodeAgent:
             self.objects.persistent_volumes.subscribe(lambda _: self._wake_all())
             group.create_task(self._hosts.run(), name="hosts files")
             group.create_task(self.nodes.run(), name="node heartbeat")
-            group.create_task(self._services.run(), name="service proxies")
+            if self._services is not None:
+                group.create_task(self._services.run(), name="service proxies")
             self.ready.set()
 
     async def _adopt(self) -> None:
