@@ -120,8 +120,11 @@ class Container:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def adopt(self) -> None:
-        """Take over what an earlier agent started for this container, if anything."""
+    def adopt(self, *, was_ready: bool = False) -> None:
+        """Take over what an earlier agent started for this container, if anything.
+
+        What was ready when that agent died stays so until a probe says otherwise: nobody's traffic need move.
+        """
         if self._record.attempt == 0:
             return
         directory = self._dir / str(self._record.attempt)
@@ -137,6 +140,7 @@ class Container:
             self._record.wait_s = 0.0  # the cluster or the machine was stopped: not the container's failure
         if self.is_running:
             self._start_probes()
+            self.is_ready = self.is_ready or (was_ready and self._record.was_started)
 
     async def step(self, context: PodContext) -> float | None:
         """Do what is due. Seconds until something is due again; None: nothing before a wake-up."""

@@ -173,8 +173,10 @@ class PodWorker:
         self._main = [Container(raw, slot, policy, around) for raw in spec["containers"]]
         self.containers = {one.name: one for one in (*self._init, *self._main)}
         if self._adopt:
+            told = (self.pod.get("status") or {}).get("containerStatuses") or []
+            ready = {one["name"] for one in told if one.get("ready")}
             for container in self.containers.values():
-                container.adopt()
+                container.adopt(was_ready=container.name in ready)
 
     def _refresh_containers(self) -> None:
         """Container definitions follow the pod (an image may change in place)."""
