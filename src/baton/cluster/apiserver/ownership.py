@@ -236,18 +236,17 @@ def _merge_list(live: list[Any], value: list[Any], schema: Schema) -> list[Any]:
     """The applied order; items that only the live object has stay before the item they stood before."""
     items = schema.items or ANY
     was, now = fieldset.by_element(live, schema), fieldset.by_element(value, schema)
-    waiting = list(was)
+    order, position = list(was), 0
     out: list[Any] = []
+    done: set[str] = set()
     for element, item in now.items():
-        if element in was:
-            while waiting:
-                head = waiting.pop(0)
-                if head == element:
-                    break
-                if head not in now:
-                    out.append(was[head])
+        while position < len(order) and (order[position] not in now or order[position] in done):
+            if order[position] not in now:
+                out.append(was[order[position]])
+            position += 1
         out.append(_merge(was.get(element), item, items))
-    return out + [was[e] for e in waiting if e not in now]
+        done.add(element)
+    return out + [was[e] for e in order[position:] if e not in now]
 
 
 def _without(value: Any, gone: FieldSet, kept: FieldSet, schema: Schema) -> Any:
