@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
+# Unit tests share both cores; end-to-end tests start whole services and run one after the other.
+UNIT = $(BIN)/pytest -m "not e2e and not slow and not gpu" -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 
 help: ## list targets
@@ -30,10 +32,11 @@ lint:
 	$(BIN)/lint-imports
 
 check: setup lint ## lint, types, unit tests (under a minute)
-	$(BIN)/pytest -m "not e2e and not slow and not gpu"
+	$(UNIT)
 
 test: setup lint ## everything that CI runs: check + end-to-end
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(UNIT)
+	$(BIN)/pytest -m "e2e and not slow and not gpu"
 
 test-slow: setup ## long tests (minutes each, no special hardware)
 	$(BIN)/pytest -m slow

@@ -179,7 +179,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat_body(logprobs=True, top_logprobs=1000), "top_logprobs"),
     (chat_body(regex="a"), "regex"),
     (chat_body(temperature="hot"), "temperature"),
-    (chat_body(max_tokens=-1), "max_new_tokens"),
+    (chat_body(max_tokens=-1), "max_tokens"),
     (chat_body(n=0), "n must be"),
     (chat_body(logit_bias={"x": 1}), "logit_bias"),
     (chat_body(modalities=["audio"]), "modalities"),
