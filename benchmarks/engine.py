@@ -24,10 +24,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+from host import describe_machine, memory_mb, wait_quiet
 from load import Timing, burst, random_prompts
-from machine import describe_machine, measure_limits, memory_mb, roofline, wait_quiet
+from machine import measure_limits, roofline
 
 PROMPT_LEN, NEW_TOKENS, CONCURRENCY = 512, 128, (1, 8, 32)
 READY_TIMEOUT_S = 180

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from baton.engine.models.config import load_config
 from baton.engine.models.spec import ModelConfig
 from baton.engine.runner import ModelRunner

@@ -27,7 +27,8 @@ from baton.engine.models.spec import ModelConfig
 from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
 from baton.engine.weights.dummy_weights import dummy_weights
 from baton.protocol.sampling import SamplingParams
-from machine import describe_machine, measure_limits
+from host import describe_machine
+from machine import measure_limits
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",

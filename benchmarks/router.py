@@ -15,7 +15,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -27,6 +26,8 @@ from typing import Any, cast
 
 import httptools
 import uvloop
+
+from host import describe_machine
 
 STREAM_EVENTS = 100
 EVENT_INTERVAL_S = 0.01
@@ -411,14 +412,6 @@ def show(mode: str, policy: str, name: str, row: dict[str, Any]) -> None:
     )
 
 
-def machine() -> dict[str, Any]:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sglang-router-python", help="a Python with sglang-router installed; left out: not measured")
@@ -437,7 +430,6 @@ def main() -> None:
     ]
     for backend in backends:
         backend.start()
-    load_before = os.getloadavg()
     results: dict[str, Any] = {}
     try:
         for mode in args.modes:
@@ -448,13 +440,12 @@ def main() -> None:
             backend.terminate()
     document = {
         "command": "python benchmarks/router.py --sglang-router-python VENV/bin/python --rounds " + str(args.rounds),
-        "machine": machine(),
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-        "settings": {name: value for name, value in vars(args).items() if name not in ("out", "sglang_router_python")},
+        "machine": describe_machine(),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "sglang_router_python")},
         "results": results,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    args.json.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {args.json}")
 
 

@@ -1,6 +1,6 @@
 """How long a worker takes to be ready, and what it uses when idle: wall and CPU seconds, medians.
 
-    .venv/bin/python benchmarks/startup.py [--rounds 5] [--json FILE]
+.venv/bin/python benchmarks/startup.py [--rounds 5] [--json FILE]
 """
 
 import argparse
@@ -11,10 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from engine import Server, start_ours
-from machine import cpu_seconds, describe_machine, memory_mb, wait_quiet
+from host import cpu_seconds, describe_machine, memory_mb, wait_quiet
 
 IDLE_S = 10.0
 

@@ -13,11 +13,8 @@ system allows them), once per round; methods take turns, so that all of them mee
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -36,6 +33,7 @@ from baton.transfer.bootstrap import bootstrap_app
 from baton.transfer.config import TransferConfig
 from baton.transfer.decode import open_decode_transfer
 from baton.transfer.prefill import open_prefill_transfer
+from host import describe_machine
 
 Bytes = NDArray[np.uint8]
 
@@ -234,17 +232,6 @@ def measure(page_bytes: int, total_bytes: int, rounds: int) -> dict[str, Any]:
         "cpu_s_per_gb": {method: statistics.median(values) for method, values in cpu.items()},
         "ratios": ratios,
         "rounds_gb_s": rates,
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu_count": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
     }
 
 
