@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from tests.fakes.memory_api import MemoryApi
+
 from baton.cluster.node.agent import NodeAgent, NodeConfig
 from baton.cluster.node.backoff import Backoff
 from baton.cluster.node.nodes import NodeSpec
 from baton.cluster_client import Object
 from baton.cluster_client.resources import CONFIG_MAPS, PODS
-from tests.fakes.memory_api import MemoryApi
 
 NODE = "node-0"
 
@@ -74,7 +75,10 @@ class NodeBed:
         return (pod or {}).get("status") or {}
 
     def container(self, name: str, container: str = "main") -> Object:
-        for one in [*self.status(name).get("containerStatuses", []), *self.status(name).get("initContainerStatuses", [])]:
+        for one in [
+            *self.status(name).get("containerStatuses", []),
+            *self.status(name).get("initContainerStatuses", []),
+        ]:
             if one["name"] == container:
                 return dict(one)
         return {}

@@ -14,8 +14,8 @@ class Backoff:
     max_s: float = 300.0
     forgiven_after_s: float = 600.0
 
-    def after_start(self, current_s: float) -> float:
-        """The wait that a failure of the run that starts now would cost."""
+    def after_restart(self, current_s: float) -> float:
+        """The wait that a failure of the run that starts now, after a failed one, costs."""
         return self.initial_s if current_s <= 0 else min(current_s * 2, self.max_s)
 
     def after_run(self, current_s: float, ran_s: float) -> float:

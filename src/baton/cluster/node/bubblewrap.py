@@ -32,7 +32,7 @@ class Bubblewrap:
         argv = (
             self._program, "--args", str(ARGS_FD), "--json-status-fd", str(STATUS_FD), "--", *plan.argv
         )  # fmt: skip
-        return Launch(argv, plan.env, "/", tuple(arguments(plan)))
+        return Launch(argv, plan.env, "/", tuple(arguments(plan)), error=_not_found(plan))
 
     def enter(self, launched: Launch, command: Sequence[str]) -> Launch:
         # The same mounts again make the same view: every writable place is a directory of the slot.
@@ -53,6 +53,26 @@ def arguments(plan: ContainerPlan) -> list[str]:
     for mount in mounts:
         args += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), _clean(mount.target)]
     return [*args, "--chdir", plan.cwd]
+
+
+def _not_found(plan: ContainerPlan) -> str | None:
+    """What an exec in the container would say of a program that is not there. bwrap itself only exits with 1."""
+    program = plan.argv[0]
+    places = [program] if "/" in program else [f"{one}/{program}" for one in plan.env.get("PATH", "").split(":")]
+    if any(_on_host(plan, place).is_file() for place in places):
+        return None
+    return f'exec: "{program}": executable file not found in $PATH'
+
+
+def _on_host(plan: ContainerPlan, path: str) -> Path:
+    """Where a path of the container lies on this machine (volumes on volumes: the longest mount path counts)."""
+    whole = path if path.startswith("/") else f"{plan.cwd}/{path}"
+    for mount in sorted(plan.mounts, key=lambda one: -len(_parts(one.target))):
+        if _is_below(whole, _clean(mount.target)):
+            return mount.source / whole[len(_clean(mount.target)) :].lstrip("/")
+    if any(_is_below(whole, hidden) for hidden in _PRIVATE) and not any(_is_below(whole, kept) for kept in plan.keep):
+        return plan.scratch / whole.removeprefix("/tmp").lstrip("/")
+    return Path(whole)
 
 
 def _own_mounts(plan: ContainerPlan) -> list[Mount]:

@@ -236,7 +236,8 @@ class Container:
         self._record.attempt += 1
         self._record.definition = definition_of(self.spec)
         self._record.image, self._record.image_id = str(self.spec.get("image") or ""), image.image_id
-        self._record.wait_s = self._around.backoff.after_start(self._record.wait_s)
+        if self.exit is not None and not self._restart_at_once:
+            self._record.wait_s = self._around.backoff.after_restart(self._record.wait_s)
         self._record.was_started = False
         self._save()
         self._forget_old()

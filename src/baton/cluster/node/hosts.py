@@ -7,6 +7,7 @@ is `baton.cluster.services.names`'s.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,8 @@ class HostsFiles:
             self._changed.clear()
             current = self._slots()
             for pod, slot in current:
-                self.write(pod, slot)
+                with contextlib.suppress(FileNotFoundError):  # the pod has ended meanwhile
+                    self.write(pod, slot)
             alive = {slot.hosts for _, slot in current}
             self._written = {path: text for path, text in self._written.items() if path in alive}
 

@@ -261,8 +261,8 @@ class PodWorker:
                     PODS, meta["name"], meta["namespace"], grace_period_s=0, uid=meta["uid"]
                 )
         if self.slot is not None:
-            await asyncio.to_thread(self._shared.slots.remove, self.slot)
-            self.slot = None
+            slot, self.slot = self.slot, None
+            await asyncio.to_thread(self._shared.slots.remove, slot)
 
     async def _stop(self, running: list[Container], grace_s: float) -> None:
         """Wait for all to end; a deletion made more urgent meanwhile shortens the grace."""

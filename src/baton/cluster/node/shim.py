@@ -100,6 +100,23 @@ def mount_namespace_of(pid: int) -> str | None:
         return None
 
 
+def pinned_mount_namespace(pid: int) -> str | None:
+    """The process's mount namespace if it is not ours, kept in being as long as this process lives.
+
+    The number of a namespace that has ended is given to the next one at once: without the pin a later kill by number
+    would hit a stranger.
+    """
+    try:
+        descriptor = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        found = os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return None
+    if found == mount_namespace_of(os.getpid()):
+        os.close(descriptor)
+        return None
+    return found
+
+
 class Log:
     """One container's log: CRI lines, rotated at `max_bytes`, `keep` old files beside the current one."""
 
@@ -208,11 +225,11 @@ class Shim:
                 self._signal_all(signal.SIGKILL)
             if main in ready:
                 break
-        _, status = os.waitpid(self._pid, 0)
         finished_at = time.time()
+        # Reaped only at the end: until then nobody else can get its pid, which is also the session's number.
         self._clear_rest()
         self._drain()
-        code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         self._end(128 - code if code < 0 else code, -code if code < 0 else 0, finished_at, None)
 
     def _start(self) -> str | None:
@@ -283,9 +300,7 @@ class Shim:
             pid = json.loads(line).get("child-pid")
             if pid is not None:
                 self._main_pid = int(pid)
-                self._namespace = mount_namespace_of(self._main_pid)
-                if self._namespace == mount_namespace_of(os.getpid()):
-                    self._namespace = None
+                self._namespace = pinned_mount_namespace(self._main_pid)
                 self._write_state()
         if not data:
             self._poll.unregister(self._status_fd)
@@ -298,7 +313,7 @@ class Shim:
             {
                 "shim_pid": os.getpid(), "shim_start": start_time(os.getpid()),
                 "pid": self._main_pid, "pid_start": start_time(self._main_pid), "session": self._pid,
-                "mount_namespace": self._namespace, "started_at": self._started_at,
+                "started_at": self._started_at,
             },
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ class Launch:
     env: Mapping[str, str]
     cwd: str
     bwrap_args: tuple[str, ...] | None = None
+    error: str | None = None
+    """Why it cannot run, where that is known beforehand; no process is started then."""
 
     def with_mark(self, mark: str) -> Launch:
         return replace(self, env={**self.env, shim.MARKER: mark})
@@ -91,6 +94,12 @@ class Supervised:
         }  # fmt: skip
         await asyncio.to_thread(shim.write_json, str(directory / "launch.json"), content)
         self = cls(directory, mark)
+        if launch.error is not None:
+            moment = time.time()
+            result = {"code": 128, "signal": 0, "error": launch.error, "started_at": moment, "finished_at": moment}
+            shim.write_json(str(directory / "exit.json"), result)
+            self._settle()
+            return self
         pid = await asyncio.to_thread(_spawn, directory)
         # The shim is a child of this process: it stays a zombie until waited for, so the pid cannot be taken over.
         self._watch(pid)
@@ -192,14 +201,13 @@ def read_launch(directory: Path) -> Launch | None:
 def clear_orphans(directory: Path, mark: str) -> int:
     """SIGKILL what an attempt left without its shim; how many processes there were.
 
-    The recorded session and namespace count only while the recorded process is still the same one; the mark always.
+    Numbers are used again, so the recorded session counts only while its recorded process is still the same one; the
+    mark counts always.
     """
     state = _read(directory / "state.json")
-    session, namespace = -1, None
     pid = int(state.get("pid") or 0)
-    if pid and shim.start_time(pid) == state.get("pid_start"):
-        session, namespace = int(state.get("session") or -1), state.get("mount_namespace")
-    return shim.kill_members(session, mark, namespace)
+    is_same = bool(pid) and shim.start_time(pid) == state.get("pid_start")
+    return shim.kill_members(int(state.get("session") or -1) if is_same else -1, mark, None)
 
 
 def _spawn(directory: Path) -> int:

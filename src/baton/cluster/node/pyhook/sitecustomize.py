@@ -198,8 +198,8 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _install() -> None:
-    socket.getaddrinfo = getaddrinfo  # type: ignore[assignment]
-    socket.socket = _Socket
+    socket.getaddrinfo = getaddrinfo
+    socket.socket = _Socket  # type: ignore[misc]
     if _HOSTS_FILE:
         socket.gethostbyname, socket.gethostbyname_ex = _gethostbyname, _gethostbyname_ex
         socket.gethostname = _gethostname
