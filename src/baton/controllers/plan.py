@@ -125,6 +125,8 @@ class Controller(Generic[Observed]):
     primary: Callable[[Observed], Object | None]
     resource: Resource
     labels: dict[Resource, tuple[str, ...]] = field(default_factory=dict)
+    gather_s: float = 0.0
+    """How long changes of one key are gathered before a pass; for keys that many objects change at about the same time."""
     rejected: Callable[[Object, Object, list[tuple[Action, str]], datetime], Object] | None = None
     """``(primary, planned status, refused actions with messages, now) -> status`` that tells of the refusals."""
 

@@ -72,7 +72,7 @@ def reconcile(observed: EndpointsObserved, now: datetime) -> Plan:
     if service["metadata"].get("deletionTimestamp"):
         return Plan()
     groups: dict[str, tuple[list[Object], list[Object]]] = {}
-    for pod in observed.pods:
+    for pod in sorted(observed.pods, key=lambda pod: str(pod["metadata"]["name"])):
         if not (pod.get("status") or {}).get("podIP") or phase(pod) in ("Failed", "Succeeded"):
             continue
         ports = _ports(service, pod)
@@ -186,4 +186,5 @@ CONTROLLER: Controller[EndpointsObserved] = Controller(
     reconcile=reconcile,
     primary=lambda observed: observed.service,
     labels={PODS: _INDEXED},
+    gather_s=0.05,
 )

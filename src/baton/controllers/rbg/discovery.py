@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+
 import yaml
 
 from baton.api import labels, names
@@ -17,7 +20,12 @@ def config_yaml(group: str, spec: Spec) -> str:
         "group": {"name": group, "roles": [role.name for role in spec.roles], "size": len(spec.roles)},
         "roles": {role.name: {"size": role.replicas, "instances": _instances(group, role)} for role in spec.roles},
     }
-    return yaml.safe_dump(content, sort_keys=True, default_flow_style=False)
+    return _as_yaml(json.dumps(content, sort_keys=True))
+
+
+@lru_cache(maxsize=1024)  # YAML is slow to write, and most passes change nothing here
+def _as_yaml(text: str) -> str:
+    return yaml.safe_dump(json.loads(text), sort_keys=True, default_flow_style=False)
 
 
 def _instances(group: str, role: RoleSpec) -> list[Object]:

@@ -36,7 +36,9 @@ class RoleResult:
 
     @property
     def is_updating(self) -> bool:
-        return self.plan.counts.updated < self.role.replicas
+        """Some pod has, or is only now being rid of, an older template. Scaling alone is no update."""
+        counts = self.plan.counts
+        return self.current_revision != self.update_revision or counts.updated < counts.replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,8 @@ def templates_of(history: list[Object]) -> dict[str, dict[str, Object]]:
 
 
 def by_role(pods: list[Object]) -> dict[str, list[Object]]:
-    """The group's pods by their role label."""
+    """The group's pods by their role label, in order of their names."""
     grouped: dict[str, list[Object]] = {}
-    for pod in pods:
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
         grouped.setdefault((pod["metadata"].get("labels") or {}).get(labels.ROLE_NAME, ""), []).append(pod)
     return grouped

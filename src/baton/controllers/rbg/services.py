@@ -10,7 +10,7 @@ from baton.api import labels, names
 from baton.api.resources import ENDPOINT_SLICES, SERVICES, Object
 from baton.api.v1alpha2 import RoleSpec, Spec
 from baton.controllers.plan import Action, Create, Delete, Note, Patch, controller_of, covers, owner_reference
-from baton.controllers.pods import is_ready, is_terminating
+from baton.controllers.pods import is_terminating
 from baton.controllers.rbg.pod_template import alias, role_labels, subdomain
 
 _MANAGER = "baton-rolebasedgroup"
@@ -35,7 +35,7 @@ def plan_services(group: Object, spec: Spec, existing: list[Object]) -> tuple[li
             notes.append(Note("Warning", "ServiceNotOwned", text))
         elif not covers(found.get("spec"), service["spec"]):
             actions.append(Patch(SERVICES, meta["namespace"], name, {"spec": service["spec"]}, why="differs"))
-    for name, service in by_name.items():
+    for name, service in sorted(by_name.items()):
         if name not in wanted and _is_ours(service, meta["uid"]):
             actions.append(Delete(SERVICES, meta["namespace"], name, service["metadata"]["uid"], "its role is gone"))
     return actions, notes
@@ -90,7 +90,7 @@ def plan_alias_slices(group: Object, spec: Spec, pods: dict[str, list[Object]], 
         elif not covers(found.get("endpoints") or [], endpoints):
             body: Object = {"endpoints": endpoints}
             actions.append(Patch(ENDPOINT_SLICES, meta["namespace"], name, body, why="addresses changed"))
-    for name, entry in by_name.items():
+    for name, entry in sorted(by_name.items()):
         if name not in wanted:
             actions.append(
                 Delete(ENDPOINT_SLICES, meta["namespace"], name, entry["metadata"]["uid"], "its role is gone")
@@ -108,7 +108,7 @@ def _endpoint(pod: Object) -> Object:
         "addresses": [pod["status"]["podIP"]],
         "hostname": pod["spec"].get("hostname") or meta["name"],
         # These names must resolve before a pod is ready: members of a group find each other while starting.
-        "conditions": {"ready": True, "serving": is_ready(pod), "terminating": False},
+        "conditions": {"ready": True},
         "targetRef": {"kind": "Pod", "namespace": meta["namespace"], "name": meta["name"], "uid": meta["uid"]},
     }
 

@@ -32,6 +32,7 @@ class KeyQueue:
         self._again: set[str] = set()
         self._failures: dict[str, int] = {}
         self._timers: dict[str, int] = {}
+        self._gathering: set[str] = set()
         self._wake = asyncio.Event()
 
     def __len__(self) -> int:
@@ -39,7 +40,7 @@ class KeyQueue:
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self._waiting and not self._running and not self._gathering
 
     def add(self, key: str) -> None:
         if key in self._running:
@@ -48,6 +49,23 @@ class KeyQueue:
             self._is_waiting.add(key)
             self._waiting.append(key)
             self._wake.set()
+
+    def add_gathered(self, key: str, delay_s: float) -> None:
+        """Add after ``delay_s``, unless that was asked for already and is still to come."""
+        if delay_s <= 0:
+            self.add(key)
+        elif key not in self._gathering:
+            self._gathering.add(key)
+
+            def due() -> None:
+                self._gathering.discard(key)
+                self.add(key)
+
+            self._later(delay_s, due)
+
+    def _later(self, delay_s: float, due: Callable[[], None]) -> None:
+        call_later = self._call_later or asyncio.get_running_loop().call_later
+        call_later(delay_s, due)
 
     def add_after(self, key: str, delay_s: float) -> None:
         """Add later; only the newest such wish of a key counts."""
@@ -59,8 +77,7 @@ class KeyQueue:
                 del self._timers[key]
                 self.add(key)
 
-        call_later = self._call_later or asyncio.get_running_loop().call_later
-        call_later(delay_s, due)
+        self._later(delay_s, due)
 
     def add_after_failure(self, key: str) -> float:
         """Add with the key's back-off (doubling, jittered, bounded); returns the delay in seconds."""

@@ -110,7 +110,7 @@ class Runner:
     def _enqueue(self, controller: Controller[Any], trigger: Trigger, obj: Object) -> None:
         queue = self._queues[controller.name]
         for key in trigger.keys(obj, self.world):
-            queue.add(key)
+            queue.add_gathered(key, controller.gather_s)
         self.metrics.waiting.labels(controller.name).set(len(queue))
 
     async def _work(self, controller: Controller[Any]) -> None:
