@@ -35,8 +35,15 @@ READY_TIMEOUT_S = 180
 class Server:
     """One HTTP server under test, in its own process group."""
 
-    def __init__(self, name: str, command: list[str], port: int, environment: dict[str, str] | None = None) -> None:
-        self.name, self.port = name, port
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        port: int,
+        environment: dict[str, str] | None = None,
+        ready_path: str = "/health",
+    ) -> None:
+        self.name, self.port, self._ready_path = name, port, ready_path
         self.log = tempfile.NamedTemporaryFile(prefix=f"{name}-", suffix=".log", delete=False)  # noqa: SIM115
         started = time.perf_counter()
         self.process = subprocess.Popen(
@@ -51,7 +58,7 @@ class Server:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{self._ready_path}", timeout=2):
                     return
             except OSError:
                 time.sleep(0.1)
