@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from tests.cluster.apiserver.conftest import TOKEN, Cluster, as_yaml
 
 JSON = dict[str, Any]
@@ -147,7 +146,15 @@ def test_values_that_break_the_schema(cluster: Cluster, spec: JSON, field: str, 
 def test_status_is_apart_and_generation_counts_spec(cluster: Cluster) -> None:
     made = cluster.create(BOATS, {**boat("parts"), "status": {"phase": "Lost"}})
     assert "status" not in made
-    cluster.kubectl("patch", "boat", "parts", "--subresource=status", "--type=merge", "-p", '{"status":{"phase":"Docked"},"spec":{"crew":9}}')
+    cluster.kubectl(
+        "patch",
+        "boat",
+        "parts",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        '{"status":{"phase":"Docked"},"spec":{"crew":9}}',
+    )
     cluster.kubectl("patch", "boat", "parts", "--type=merge", "-p", '{"status":{"phase":"Lost"},"spec":{"crew":4}}')
     found = cluster.get("boat", "parts")
     assert (found["status"], found["spec"]["crew"], found["metadata"]["generation"]) == ({"phase": "Docked"}, 4, 2)
@@ -178,7 +185,9 @@ def test_versions_are_one_object(cluster: Cluster) -> None:
     answer = cluster.http("GET", f"{old}/twice")
     assert (answer.json["apiVersion"], answer.json["spec"]["sailors"]) == ("harbour.io/v1alpha1", 3)
     assert answer.warnings == ['299 - "harbour.io/v1alpha1 Boat is deprecated"']
-    patched = cluster.http("PATCH", f"{old}/twice", {"spec": {"sailors": 8}}, content_type="application/merge-patch+json")
+    patched = cluster.http(
+        "PATCH", f"{old}/twice", {"spec": {"sailors": 8}}, content_type="application/merge-patch+json"
+    )
     assert patched.json["spec"]["sailors"] == 8
     found = cluster.http("GET", f"{BOATS}/twice").json
     assert found["spec"]["crew"] == 8

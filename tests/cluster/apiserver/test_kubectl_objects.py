@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from tests.cluster.apiserver.conftest import APPS, NS, Cluster, as_yaml, config_map, deployment, pod, stateful_set
 
 
@@ -139,7 +138,7 @@ def test_label_annotate_replace_and_edit(cluster: Cluster, tmp_path: Path) -> No
     assert found["data"] == {"a": "2"}
     assert "labels" not in found["metadata"]
     editor = tmp_path / "editor"
-    editor.write_text("#!/bin/sh\nsed -i 's/a: \"2\"/a: \"3\"/' \"$1\"\n")
+    editor.write_text('#!/bin/sh\nsed -i \'s/a: "2"/a: "3"/\' "$1"\n')
     editor.chmod(0o755)
     assert "configmap/edited edited" in cluster.kubectl("edit", "cm", "edited", KUBE_EDITOR=str(editor))
     assert cluster.get("cm", "edited")["data"] == {"a": "3"}

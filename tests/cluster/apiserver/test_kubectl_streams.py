@@ -10,14 +10,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-
 from tests.cluster.apiserver.conftest import NS, Cluster, pod
 
 
 @pytest.fixture(scope="module", autouse=True)
 def running_pod(cluster: Cluster) -> Iterator[None]:
     cluster.create(f"{NS}/pods", pod("web", nodeName="n0"))
-    cluster.kubectl("patch", "pod", "web", "--subresource=status", "--type=merge", "-p", '{"status":{"phase":"Running"}}')
+    cluster.kubectl(
+        "patch", "pod", "web", "--subresource=status", "--type=merge", "-p", '{"status":{"phase":"Running"}}'
+    )
     yield
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.cluster.apiserver.conftest import APPS, NS, Answer, Cluster, deployment
 
 from baton.cluster.apiserver import fieldset
 from baton.cluster.apiserver.schema_text import builtin_types
-from tests.cluster.apiserver.conftest import APPS, NS, Answer, Cluster, deployment
 
 JSON = dict[str, Any]
 APPLY = "application/apply-patch+yaml"
@@ -101,7 +101,9 @@ def test_lists_that_are_maps_merge_by_key_and_keep_order(cluster: Cluster) -> No
     assert [c["name"] for c in both["spec"]["template"]["spec"]["containers"]] == ["c", "side"]
     mine = owners(both)["mesh", "Apply"]["f:spec"]["f:template"]["f:spec"]["f:containers"]
     assert mine == {'k:{"name":"side"}': {".": {}, "f:name": {}, "f:image": {}}}
-    ports = owners(both)["alice", "Apply"]["f:spec"]["f:template"]["f:spec"]["f:containers"]['k:{"name":"c"}']["f:ports"]
+    ports = owners(both)["alice", "Apply"]["f:spec"]["f:template"]["f:spec"]["f:containers"]['k:{"name":"c"}'][
+        "f:ports"
+    ]
     assert list(ports) == ['k:{"containerPort":80,"protocol":"TCP"}']
     assert "f:selector" in owners(both)["alice", "Apply"]["f:spec"]  # atomic: one field
     assert owners(both)["alice", "Apply"]["f:spec"]["f:selector"] == {}
@@ -164,7 +166,11 @@ def test_clearing_managed_fields(cluster: Cluster) -> None:
     ("query", "body", "text"),
     [
         ("", config("x"), "fieldManager: Required value"),
-        ("?fieldManager=a", {**config("x"), "metadata": {"name": "x", "managedFields": [{}]}}, "managedFields must be nil"),
+        (
+            "?fieldManager=a",
+            {**config("x"), "metadata": {"name": "x", "managedFields": [{}]}},
+            "managedFields must be nil",
+        ),
         ("?fieldManager=a", {"kind": "ConfigMap"}, "couldn't get version/kind"),
         ("?fieldManager=a", {**config("other")}, "does not match the name on the URL"),
     ],

@@ -126,7 +126,7 @@ async def test_a_second_daemon_cannot_open_the_same_state(tmp_path: Path) -> Non
 STEP = st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.sampled_from(["write", "delete", "compact", "reopen"]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(STEP, max_size=25))
 def test_any_history_equals_a_dict(tmp_path: Path, steps: list[tuple[str, int, str]]) -> None:
     async def run() -> None:
@@ -182,12 +182,12 @@ asyncio.run(main())
 def test_sigkill_in_a_write_storm_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     source = str(Path(__file__).parents[3] / "src")
     acknowledged: dict[str, int] = {}
-    for round_number in range(4):
+    for round_number in range(3):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path / "db"), source], stdout=subprocess.PIPE, text=True
         )
         assert writer.stdout
-        for line, _ in zip(writer.stdout, range(150 + 37 * round_number), strict=False):
+        for line, _ in zip(writer.stdout, range(120 + 37 * round_number), strict=False):
             name, value = line.split()
             acknowledged[name] = int(value)
         os.kill(writer.pid, signal.SIGKILL)

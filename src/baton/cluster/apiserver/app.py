@@ -20,7 +20,16 @@ from baton.cluster.apiserver.builtins import builtin_resources
 from baton.cluster.apiserver.crd import CrdManager
 from baton.cluster.apiserver.errors import StatusError, internal, method_not_allowed, no_such_resource, unauthorized
 from baton.cluster.apiserver.gc import GarbageCollector
-from baton.cluster.apiserver.http import ClientGoneError, Receive, Request, Scope, Send, send_bytes, send_json, send_status
+from baton.cluster.apiserver.http import (
+    ClientGoneError,
+    Receive,
+    Request,
+    Scope,
+    Send,
+    send_bytes,
+    send_json,
+    send_status,
+)
 from baton.cluster.apiserver.openapi import OpenApi, send_openapi_v2
 from baton.cluster.apiserver.operations import Operations, Target
 from baton.cluster.apiserver.reading import Selection

@@ -51,6 +51,7 @@ class ServiceAddresses:
 def prepare_create(kind: str, obj: JSON, has_status: bool) -> None:
     """Status is the server's and the controllers' to write: what a client sent at creation is dropped."""
     if kind == "Pod":
+        _admit_pod(obj.setdefault("spec", {}))
         obj["status"] = {"phase": "Pending", "qosClass": qos_class(obj.get("spec") or {})}
     elif kind == "Service":
         obj["status"] = {"loadBalancer": {}}
@@ -64,6 +65,14 @@ def prepare_create(kind: str, obj: JSON, has_status: bool) -> None:
         obj.setdefault("status", {})  # kubelets register with their status
     elif has_status:
         obj["status"] = {"replicas": 0} if kind in ("StatefulSet", "ReplicaSet") else {}
+
+
+def _admit_pod(spec: JSON) -> None:
+    """What Kubernetes' admission puts into every pod."""
+    spec.setdefault("priority", 0)
+    spec.setdefault("preemptionPolicy", "PreemptLowerPriority")
+    account = spec.setdefault("serviceAccountName", "default")
+    spec.setdefault("serviceAccount", account)
 
 
 def prepare_update(kind: str, new: JSON, old: JSON) -> None:
