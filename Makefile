@@ -17,12 +17,15 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 setup: $(VENV)/.installed ## virtual environment, packages, kernels, demo model
+	@command -v bwrap >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null \
+		|| apt-get install -y -qq bubblewrap >/dev/null 2>&1 || echo "bubblewrap was not installed: pods will run without namespaces"
 	@$(BIN)/baton model smollm2 --quiet
 
-up: setup ## serve the demo model: 2 prefill, 1 decode, 1 router; one answer as proof (PORT=8000)
-	@$(BIN)/baton serve --prefill 2 --decode 1 --model "$$($(BIN)/baton model smollm2 --quiet)" --port $(PORT) --detach
+up: setup ## embedded cluster with examples/pd.yaml: 2 prefill, 1 decode, 1 router; one answer as proof (PORT=8000)
+	@$(BIN)/baton up examples/pd.yaml --publish pd=$(PORT)
+	@$(BIN)/baton ask "In one sentence: what is a relay race?" --url http://127.0.0.1:$(PORT) --max-tokens 48
 
-down: ## stop what `make up` started
+down: ## stop the cluster; `make up` resumes it (forget it: .venv/bin/baton down --purge)
 	@$(BIN)/baton down
 
 lint:

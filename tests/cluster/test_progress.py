@@ -1,5 +1,6 @@
 """The words `baton up` waits with: what is ready, what waits for what, what is stuck."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -57,12 +58,12 @@ PROBED = {"containers": [{"name": "c", "readinessProbe": {"tcpSocket": {"port": 
         (
             pod("p", container({"waiting": {"reason": "CrashLoopBackOff"}}, 1, {"terminated": {"exitCode": 2}})),
             "waiting",
-            "c exits with code 2, 1 restart",
+            "c exits with code 2, 1 restart; see `kubectl logs p --previous`",
         ),
         (
             pod("p", container({"waiting": {"reason": "CrashLoopBackOff"}}, 3, {"terminated": {"exitCode": 2}})),
             "stuck",
-            "c exits with code 2, 3 restarts",
+            "c exits with code 2, 3 restarts; see `kubectl logs p --previous`",
         ),
         (
             pod("p", container({"waiting": {"reason": "CreateContainerConfigError", "message": "no secret"}})),
@@ -73,6 +74,21 @@ PROBED = {"containers": [{"name": "c", "readinessProbe": {"tcpSocket": {"port": 
 )
 def test_a_pod_says_what_it_waits_for(one: Object, state: str, text: str) -> None:
     assert explain_pod(one, View(pods=[])) == (state, text)
+
+
+def test_a_pod_that_nothing_checks_is_ready_once_it_has_run_for_a_moment() -> None:
+    one = pod("p", {**READY, **container({"running": {"startedAt": "2026-01-01T00:00:10Z"}})})
+    at = datetime(2026, 1, 1, 0, 0, 11, tzinfo=UTC)
+    assert explain_pod(one, View([], now=at)) == ("waiting", "has just started")
+    assert explain_pod(one, View([], now=at.replace(second=12))) == ("ready", "ready")
+    assert explain_pod({**one, "spec": PROBED}, View([], now=at)) == ("ready", "ready")
+
+
+def test_a_claim_that_nobody_made_is_named_with_what_to_do() -> None:
+    scheduled = {"type": "PodScheduled", "status": "False", "message": 'persistentvolumeclaim "m" not found'}
+    state, text = explain_pod(pod("p", {"conditions": [scheduled]}), View([]))
+    assert state == "stuck"
+    assert "apply a PersistentVolumeClaim m" in text
 
 
 def test_the_newest_warning_explains_a_pod_that_only_starts() -> None:

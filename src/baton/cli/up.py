@@ -16,7 +16,7 @@ from baton.cli import serve
 from baton.cli.live import Lines
 from baton.cluster import launch
 from baton.cluster.apply import Applied, Applier
-from baton.cluster.follow import Follower, Outcome
+from baton.cluster.follow import Follower, Outcome, Target, standing
 from baton.cluster.home import ISOLATIONS, ClusterHome, DaemonRecord, HomeError, Settings
 from baton.cluster.manifests import Manifest, load
 from baton.cluster.progress import addresses
@@ -55,6 +55,8 @@ def up(
             )
         if not files:
             typer.echo('a kubectl for it: eval "$(baton env)"')
+            if started and wait:
+                is_ready = asyncio.run(resume(record.client_config(place), timeout))
         if problems or not is_ready:
             raise typer.Exit(1)
 
@@ -122,11 +124,22 @@ async def bring_up(
                     typer.echo(str(problem), err=True)
         if timeout_s is None or not applied:
             return is_complete
-        with Lines() as lines:
-            async with Follower(client, applied).running() as follower:
-                outcome = await follower.wait(timeout_s, lines.show)
+        return await follow(client, [Target.applied(one) for one in applied], timeout_s) and is_complete
+
+
+async def resume(config: ClusterConfig, timeout_s: float) -> bool:
+    """Wait for what the cluster ran when it was stopped."""
+    async with Client(config, user_agent="baton-up") as client:
+        targets = await standing(client)
+        return not targets or await follow(client, targets, timeout_s)
+
+
+async def follow(client: Client, targets: list[Target], timeout_s: float) -> bool:
+    with Lines() as lines:
+        async with Follower(client, targets).running() as follower:
+            outcome = await follower.wait(timeout_s, lines.show)
     report(outcome, timeout_s)
-    return is_complete and outcome.is_ready
+    return outcome.is_ready
 
 
 def report(outcome: Outcome, timeout_s: float) -> None:
@@ -137,7 +150,7 @@ def report(outcome: Outcome, timeout_s: float) -> None:
     if waiting:
         typer.echo("not ready:", err=True)
     for row in waiting:
-        typer.echo(f"  {row}", err=True)
+        typer.echo(f"  {row.where}{row}", err=True)
     if any(row.state == "waiting" for row in waiting):
         typer.echo(
             f"  gave up after {timeout_s:.0f} s; it goes on without this command (see `kubectl get pods`)", err=True

@@ -6,6 +6,7 @@ point into the file. A refused object does not stop the ones after it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from baton.cluster.manifests import Manifest, Problem
 from baton.cluster_client import ApiError, Client, ClientError, NotFound
 
 FIELD_MANAGER = "baton-up"
+_PATH_IN_TEXT = re.compile(r'field "?(?:[A-Z]\w*\.)?([a-z][\w.\[\]/-]*[\w\]])')
+"""Where a decoding error names the field, since it has no causes."""
 Outcome = Literal["created", "configured", "unchanged"]
 
 
@@ -126,7 +129,9 @@ def refusals(manifest: Manifest, error: ApiError) -> list[Problem]:
     """One line for each field that the server complains about, at that field's line."""
     named = [cause for cause in error.causes if cause.get("field")]
     if not named:
-        return [manifest.problem(" ".join(error.message.split()))]
+        text = " ".join(error.message.split())
+        path = _PATH_IN_TEXT.search(text)
+        return [manifest.problem(text, path[1] if path else "")]
     return [manifest.problem(f"{cause['field']}: {cause.get('message')}", str(cause["field"])) for cause in named]
 
 

@@ -1,4 +1,4 @@
-"""Wait until applied objects are ready, telling each change: the loop between the API server and `progress`.
+"""Wait until objects are ready, telling each change: the loop between the API server and `progress`.
 
 Owns when to stop: all ready, time over, or everything that is not ready is stuck for a while. Prints nothing.
 """
@@ -8,15 +8,54 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
-from baton.api.resources import ENDPOINT_SLICES, EVENTS, PODS, SERVICES, Object, Resource
+from baton.api.resources import (
+    DEPLOYMENTS,
+    EVENTS,
+    PERSISTENT_VOLUME_CLAIMS,
+    PODS,
+    ROLE_BASED_GROUPS,
+    SERVICES,
+    STATEFUL_SETS,
+    Object,
+    Resource,
+)
 from baton.cluster.apply import Applied
 from baton.cluster.progress import Row, View, rows_of
 from baton.cluster_client import Cache, Client
 
 STUCK_PATIENCE_S = 20.0
 _TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One object to follow; `where` is put before its rows when they are told at the end (file and line)."""
+
+    resource: Resource
+    object: Object
+    where: str = ""
+
+    @classmethod
+    def applied(cls, one: Applied) -> Target:
+        return cls(one.resource, one.object, f"{one.manifest.source}:{one.manifest.line}: ")
+
+    @property
+    def namespace(self) -> str | None:
+        namespace = self.object["metadata"].get("namespace")
+        return str(namespace) if namespace else None
+
+
+async def standing(client: Client) -> list[Target]:
+    """What a cluster was running: every group and workload, and the pods and claims that nothing owns."""
+    found = []
+    for resource in (PERSISTENT_VOLUME_CLAIMS, ROLE_BASED_GROUPS, STATEFUL_SETS, DEPLOYMENTS, PODS, SERVICES):
+        for obj in (await client.list(resource)).items:
+            if not obj["metadata"].get("ownerReferences"):
+                found.append(Target(resource, obj))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +71,16 @@ class Outcome:
 
 
 class Follower:
-    """Follows the namespaces of some applied objects. Use as an async context manager."""
+    """Follows some objects and what belongs to them; use it inside `running`."""
 
-    def __init__(self, client: Client, applied: Sequence[Applied]) -> None:
-        self._applied = list(applied)
+    def __init__(self, client: Client, targets: Sequence[Target]) -> None:
+        self._targets = list(targets)
         self._changed = asyncio.Event()
-        namespaces = sorted({one.namespace or "default" for one in applied})
+        namespaces = sorted({one.namespace or "default" for one in targets})
         self._caches: dict[tuple[Resource, str], Cache] = {}
         for namespace in namespaces:
-            wanted = {PODS, EVENTS, SERVICES, ENDPOINT_SLICES}
-            wanted |= {one.resource for one in applied if one.namespace == namespace}
+            wanted = {PODS, EVENTS, SERVICES}
+            wanted |= {one.resource for one in targets if one.namespace == namespace}
             for resource in wanted:
                 cache = Cache(client, resource, namespace)
                 cache.subscribe(lambda _: self._changed.set())
@@ -63,11 +102,11 @@ class Follower:
                     task.cancel()
 
     def rows(self) -> list[Row]:
-        return [row for one in self._applied for row in self._rows(one)]
+        return [row for one in self._targets for row in self._rows(one)]
 
     def services(self) -> list[Object]:
-        """The applied Services as they are now."""
-        found = [self._now(one) for one in self._applied if one.resource == SERVICES]
+        """The Services among the targets as they are now."""
+        found = [self._now(one) for one in self._targets if one.resource == SERVICES]
         return [one for one in found if one is not None]
 
     async def wait(
@@ -89,19 +128,20 @@ class Follower:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _TICK_S)
 
-    def _rows(self, one: Applied) -> list[Row]:
+    def _rows(self, one: Target) -> list[Row]:
         obj = self._now(one)
         if obj is None:
-            return [Row(one.title, "stuck", "is gone: deleted by somebody else")] if one.namespace else []
+            title = f"{one.object['kind'].lower()}/{one.object['metadata']['name']}"
+            return [Row(title, "stuck", "is gone: deleted by somebody else", one.where)] if one.namespace else []
         namespace = one.namespace or "default"
         view = View(
             pods=self._caches[PODS, namespace].list(),
             events=self._caches[EVENTS, namespace].list(),
-            slices=self._caches[ENDPOINT_SLICES, namespace].list(),
+            now=datetime.now(UTC),
         )
-        return rows_of(obj, view)
+        return [replace(row, where=one.where) for row in rows_of(obj, view)]
 
-    def _now(self, one: Applied) -> Object | None:
+    def _now(self, one: Target) -> Object | None:
         cache = self._caches.get((one.resource, one.namespace or ""))
         if cache is None:
             return one.object

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from baton.api import labels
@@ -18,17 +19,20 @@ from baton.cluster.publish import PUBLISHED, routes
 State = Literal["ready", "waiting", "stuck"]
 _UNREACHABLE = re.compile(r"probe failed.*(refused|[Cc]annot connect|Connect call failed)")
 """A probe's way of saying that the program does not listen yet: said shorter here."""
+SETTLE_S = 2.0
+"""How long a container that no probe checks must have run before it is called ready."""
 STUCK_RESTARTS = 2
 """Restarts after which a container that keeps ending is called stuck: no longer likely to cure itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line. `stuck`: nothing but a change by the user is likely to make it ready."""
+    """One line. `stuck`: nothing but a change by the user is likely to make it ready. `where`: file and line, or empty."""
 
     title: str
     state: State
     text: str
+    where: str = ""
 
     def __str__(self) -> str:
         return f"{self.title}: {self.text}"
@@ -40,7 +44,7 @@ class View:
 
     pods: Sequence[Object]
     events: Sequence[Object] = ()
-    slices: Sequence[Object] = ()
+    now: datetime | None = None
 
     def warning(self, obj: Object) -> str:
         """The newest Warning event about an object, in one line; empty when there is none."""
@@ -80,16 +84,16 @@ def explain_pod(pod: Object, view: View) -> tuple[State, str]:
     if status.get("phase") == "Succeeded":
         return "ready", "completed"
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-        found = _explain_container(container)
+        found = _explain_container(container, pod["metadata"]["name"])
         if found is not None:
             return found
     if (conditions.get("Ready") or {}).get("status") == "True":
-        return "ready", "ready"
+        return ("waiting", "has just started") if _is_fresh(pod, view.now) else ("ready", "ready")
     if status.get("phase") == "Failed":
         return "stuck", f"failed: {status.get('message') or status.get('reason') or 'a container ended'}"
     scheduled = conditions.get("PodScheduled") or {}
     if scheduled.get("status") == "False":
-        return "stuck", f"does not fit on a node: {_one_line(scheduled.get('message'))}"
+        return "stuck", _unscheduled(_one_line(scheduled.get("message")))
     if not pod["spec"].get("nodeName"):
         return "waiting", "waits for a node"
     warning = view.warning(pod)
@@ -101,7 +105,28 @@ def explain_pod(pod: Object, view: View) -> tuple[State, str]:
     return "waiting", "starts"
 
 
-def _explain_container(container: Object) -> tuple[State, str] | None:
+def _is_fresh(pod: Object, now: datetime | None) -> bool:
+    """Ready only because nothing checks it: a command that ends at once looks so for a moment."""
+    probed = {one["name"] for one in pod["spec"]["containers"] if one.get("readinessProbe")}
+    for one in (pod.get("status") or {}).get("containerStatuses") or []:
+        started = ((one.get("state") or {}).get("running") or {}).get("startedAt")
+        if now is not None and started and one["name"] not in probed:
+            age_s = (now - datetime.fromisoformat(str(started).replace("Z", "+00:00"))).total_seconds()
+            if age_s < SETTLE_S:
+                return True
+    return False
+
+
+def _unscheduled(message: str) -> str:
+    missing = re.search(r'persistentvolumeclaim "([^"]+)" not found', message)
+    if missing:
+        return (
+            f"{message}: apply a PersistentVolumeClaim {missing[1]} (its directory: baton up --volume {missing[1]}=DIR)"
+        )
+    return f"does not fit on a node: {message}"
+
+
+def _explain_container(container: Object, pod: str) -> tuple[State, str] | None:
     """What a container's own state says: a reason it does not run, None when there is nothing to say."""
     state = container.get("state") or {}
     waiting = state.get("waiting") or {}
@@ -114,7 +139,8 @@ def _explain_container(container: Object) -> tuple[State, str] | None:
         stuck = restarts >= STUCK_RESTARTS
         message = f" ({_one_line(ended['message'])})" if ended.get("message") else ""
         times = f"{restarts} restart{'s' if restarts != 1 else ''}"
-        return "stuck" if stuck else "waiting", f"{name} exits with code {ended.get('exitCode')}{message}, {times}"
+        text = f"{name} exits with code {ended.get('exitCode')}{message}, {times}; see `kubectl logs {pod} --previous`"
+        return "stuck" if stuck else "waiting", text
     message = _one_line(waiting.get("message"))
     return "stuck", f"{name}: {reason}{': ' + message if message else ''}"
 
@@ -179,7 +205,7 @@ def _pods_row(title: str, pods: Sequence[Object], wanted: int, view: View) -> Ro
     text = f"{_count(pods, wanted)} ready"
     worst: State = "ready"
     for pod in pods:
-        if _is_ready(pod):
+        if _is_ready(pod) and not _is_fresh(pod, view.now):
             continue
         state, why = explain_pod(pod, view)
         if worst == "ready" or (state == "stuck" and worst == "waiting"):
