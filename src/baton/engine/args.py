@@ -20,6 +20,7 @@ from baton.engine.flags import (
     option,
     parse_flags,
 )
+from baton.protocol.pod import manifest_path
 
 USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.launch_server takes the same)"
 _LATER = "not served yet"
@@ -180,7 +181,7 @@ class EngineArgs:
     @property
     def name(self) -> str:
         """What the OpenAI routes call the model."""
-        return self.served_model_name or self.model_path
+        return self.served_model_name or manifest_path(self.model_path)
 
 
 def _is_given(args: EngineArgs, field: str) -> bool:

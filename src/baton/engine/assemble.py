@@ -25,7 +25,7 @@ from baton.engine.weights.names import expected_tensors
 from baton.engine.weights.resolve import resolve_model
 from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
-from baton.protocol.listen import listen_host
+from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready
 from baton.transfer.base import DecodeTransfer, PageLayout, PrefillTransfer, Wake
 from baton.transfer.config import TransferConfig, parse_backend

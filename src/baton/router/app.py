@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from random import Random
 
 from baton.protocol.errors import RequestError
-from baton.protocol.listen import listen_host
+from baton.protocol.pod import listen_host
 from baton.router import routes
 from baton.router.config import RouterConfig, WorkerSpec
 from baton.router.core import Core

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from baton.cluster.node.runtime import ContainerPlan, Mount, PlanError
 from baton.cluster.node.shim import ARGS_FD, STATUS_FD
-from baton.cluster.node.supervised import Launch
+from baton.cluster.node.supervised import Launch, not_found
 
 _OWN_DIRECTORIES = ("/dev", "/proc", "/tmp")
 _PRIVATE = ("/tmp", "/dev/shm")
@@ -61,7 +61,7 @@ def _not_found(plan: ContainerPlan) -> str | None:
     places = [program] if "/" in program else [f"{one}/{program}" for one in plan.env.get("PATH", "").split(":")]
     if any(_on_host(plan, place).is_file() for place in places):
         return None
-    return f'exec: "{program}": executable file not found in $PATH'
+    return not_found(program)
 
 
 def _on_host(plan: ContainerPlan, path: str) -> Path:

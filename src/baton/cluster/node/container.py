@@ -7,11 +7,9 @@ the old one was. `pod_worker` says when to `step`; how processes are started is 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +19,9 @@ from baton.cluster.node.environment import ContainerConfigError, Object
 from baton.cluster.node.images import CatalogueError, ImageMapping
 from baton.cluster.node.plan import PodContext, build
 from baton.cluster.node.probes import Change, Prober, ProbeTarget
+from baton.cluster.node.record import Record, definition_of, go_duration, terminated
 from baton.cluster.node.runtime import PlanError, Runtime
-from baton.cluster.node.slots import Slot, read_json, write_json
+from baton.cluster.node.slots import Slot
 from baton.cluster.node.status import ContainerSnapshot, rfc3339
 from baton.cluster.node.supervised import Exit, Launch, StartError, Supervised, read_launch
 
@@ -43,19 +42,6 @@ class Surroundings:
     probe_scale: float = 1.0
 
 
-@dataclass(slots=True)
-class Record:
-    """What survives the agent. `attempt` counts starts; `wait_s` is the back-off that the next failure costs."""
-
-    attempt: int = 0
-    definition: str = ""
-    image: str = ""
-    image_id: str = ""
-    wait_s: float = 0.0
-    previous: dict[str, Any] | None = None
-    was_started: bool = False
-
-
 class Container:
     """`process` is the latest attempt: None before the first, else running or ended."""
 
@@ -68,7 +54,7 @@ class Container:
         self.is_ready = False
         self._slot, self._around = slot, around
         self._dir = slot.container_dir(self.name)
-        self._record = Record(**read_json(self._dir / "record.json"))
+        self._record = Record.load(self._dir)
         self._waiting = ("PodInitializing" if not is_init else "", "")
         self._launch: Launch | None = None
         self._prober: Prober | None = None
@@ -170,7 +156,7 @@ class Container:
             return None
         left_s = end.finished_at + self._record.wait_s - self._around.now()
         if left_s > 0:
-            wait = f"{_duration(self._record.wait_s)}"
+            wait = f"{go_duration(self._record.wait_s)}"
             where = f"{self._slot.name}_{self._slot.namespace}({self._slot.uid})"
             self._waiting = (
                 "CrashLoopBackOff", f"back-off {wait} restarting failed container={self.name} pod={where}"
@@ -193,7 +179,7 @@ class Container:
         if end.error is not None:
             self._around.event("Warning", "Failed", f'Error: failed to start container "{self.name}": {end.error}')
         self._record.wait_s = self._around.backoff.after_run(self._record.wait_s, end.finished_at - end.started_at)
-        self._save()
+        self._record.save(self._dir)
 
     async def _start(self, context: PodContext) -> None:
         """The next attempt. A container that cannot be configured waits and is tried again at the next step."""
@@ -232,15 +218,17 @@ class Container:
 
     async def _begin(self, context: PodContext, image: ImageMapping, launch: Launch) -> None:
         if self.exit is not None:
-            self._record.previous = _terminated(self.exit, self._tail())
+            self._record.previous = terminated(self.exit, self._tail())
         self._record.attempt += 1
         self._record.definition = definition_of(self.spec)
         self._record.image, self._record.image_id = str(self.spec.get("image") or ""), image.image_id
         if self.exit is not None and not self._restart_at_once:
             self._record.wait_s = self._around.backoff.after_restart(self._record.wait_s)
         self._record.was_started = False
-        self._save()
+        self._record.save(self._dir)
         self._forget_old()
+        if launch.error is not None and image.hint:
+            launch = replace(launch, error=f"{launch.error} ({image.hint})")
         attempt = self._record.attempt
         log = self._slot.log_path(self.name, attempt)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +317,7 @@ class Container:
         if not self.spec.get("startupProbe"):
             self._record.was_started = True
         self.is_ready = self._record.was_started and not self.spec.get("readinessProbe")
-        self._save()
+        self._record.save(self._dir)
         self._prober = Prober(self.spec, self._target(), self._on_probe)
 
     async def _end_probes(self) -> None:
@@ -346,7 +334,7 @@ class Container:
         elif change.kind == "startup" and change.is_ok:
             self._record.was_started = True
             self.is_ready = not self.spec.get("readinessProbe")
-            self._save()
+            self._record.save(self._dir)
         elif not change.is_ok:
             self._around.event(
                 "Normal", "Killing", f"Container {self.name} failed {change.kind} probe, will be restarted"
@@ -370,10 +358,10 @@ class Container:
         elif end is None:
             state = {"running": {"startedAt": rfc3339(self.process.started_at)}}
         elif self.is_done or self._waiting[0] == "":
-            state = {"terminated": _terminated(end, self._tail())}
+            state = {"terminated": terminated(end, self._tail())}
         else:
             state = {"waiting": _without_empty(reason=self._waiting[0], message=self._waiting[1])}
-            last = _terminated(end, self._tail())
+            last = terminated(end, self._tail())
         return ContainerSnapshot(
             name=self.name,
             image=self._record.image or str(self.spec.get("image") or ""),
@@ -394,10 +382,6 @@ class Container:
             self.process.exit.error or logs.last_lines(self.log_file())
         )  # fmt: skip
 
-    def _save(self) -> None:
-        record = self._record
-        write_json(self._dir / "record.json", {key: getattr(record, key) for key in Record.__dataclass_fields__})
-
     def _forget_old(self) -> None:
         """Keep the previous attempt and its log, as a kubelet does; remove older ones."""
         for number in range(self._record.attempt - 2, 0, -1):
@@ -409,23 +393,6 @@ class Container:
                 path.unlink(missing_ok=True)
 
 
-def definition_of(spec: Object) -> str:
-    """A hash of what makes a running container another one; resources are not enforced, so they do not count."""
-    relevant = {key: value for key, value in spec.items() if key not in ("resources", "resizePolicy")}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _terminated(end: Exit, message: str) -> dict[str, Any]:
-    return {
-        "exitCode": end.code,
-        **({"signal": end.signal} if end.signal else {}),
-        "reason": end.reason,
-        **({"message": message} if message else {}),
-        "startedAt": rfc3339(end.started_at),
-        "finishedAt": rfc3339(end.finished_at),
-    }
-
-
 def _without_empty(**values: str) -> dict[str, str]:
     return {key: value for key, value in values.items() if value}
 
@@ -433,12 +400,6 @@ def _without_empty(**values: str) -> dict[str, str]:
 def _grace_s(pod: Object) -> float:
     value = pod["spec"].get("terminationGracePeriodSeconds")
     return 30.0 if value is None else float(value)
-
-
-def _duration(seconds: float) -> str:
-    """As Go prints it: 10s, 1m20s, 5m0s."""
-    whole = int(seconds)
-    return f"{whole // 60}m{whole % 60}s" if whole >= 60 else f"{whole}s"
 
 
 def _empty(directory: Path) -> None:

@@ -22,7 +22,7 @@ import baton
 _SHIPPED = Path(__file__).with_name("images.yaml")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _LISTS = ("match", "entrypoint", "path", "pythonpath", "share")
-_FIELDS = {"name", "note", "env", "commands", *_LISTS}
+_FIELDS = {"name", "note", "hint", "env", "commands", *_LISTS}
 
 
 class CatalogueError(Exception):
@@ -42,6 +42,7 @@ class ImageMapping:
     pythonpath: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     share: tuple[str, ...] = ()
+    hint: str = ""
     source: str = ""
 
     @property
@@ -72,7 +73,7 @@ class ImageMapping:
             name=self.name, note=self.note, match=self.match, entrypoint=fill_all(self.entrypoint),
             commands={key: fill_all(value) for key, value in self.commands.items()}, path=fill_all(self.path),
             pythonpath=fill_all(self.pythonpath), env={key: fill(value) for key, value in self.env.items()},
-            share=fill_all(self.share), source=self.source,
+            share=fill_all(self.share), hint=self.hint, source=self.source,
         )  # fmt: skip
 
     def rewrite(self, command: Sequence[str]) -> tuple[str, ...]:
@@ -148,7 +149,7 @@ def _entry(path: Path, where: str, raw: Any) -> ImageMapping:
     for key in raw:
         if key not in _FIELDS:
             raise refuse(str(key), f"unknown field; known are {', '.join(sorted(_FIELDS))}")
-    for key in ("name", "note"):
+    for key in ("name", "note", "hint"):
         if not isinstance(raw.get(key, ""), str):
             raise refuse(key, "wants a text")
     if not raw.get("name"):
@@ -169,7 +170,7 @@ def _entry(path: Path, where: str, raw: Any) -> ImageMapping:
             if name not in known:
                 raise refuse("", f"unknown variable ${{{name}}}; known are {', '.join(sorted(known))}")
     return ImageMapping(
-        name=raw["name"], note=raw.get("note", ""), env=env, commands=rewrites, source=str(path), **lists
+        name=raw["name"], note=raw.get("note", ""), hint=raw.get("hint", ""), env=env, commands=rewrites, source=str(path), **lists
     )  # fmt: skip
 
 

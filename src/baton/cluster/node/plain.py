@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from baton.cluster.node.runtime import HOSTS_VARIABLE, PATHS_VARIABLE, ContainerPlan, PlanError
-from baton.cluster.node.supervised import Launch
+from baton.cluster.node.supervised import Launch, not_found
 
 _BOUNDARY_BEFORE = r"(?<![\w.~/-])"
 _BOUNDARY_AFTER = r"(?![\w.-])"
@@ -31,7 +31,9 @@ class Plain:
         env[HOSTS_VARIABLE] = str(plan.hosts)
         env[PATHS_VARIABLE] = ":".join(f"{path}={target}" for target, path in paths.items())
         cwd = str(plan.scratch) if plan.cwd == "/" else rewrite(plan.cwd)
-        return Launch(tuple(rewrite(word) for word in plan.argv), env, cwd)
+        argv = tuple(rewrite(word) for word in plan.argv)
+        found = shutil.which(argv[0] if "/" not in argv[0] else str(Path(cwd, argv[0])), path=env.get("PATH"))
+        return Launch(argv, env, cwd, error=None if found else not_found(argv[0]))
 
     def enter(self, launched: Launch, command: Sequence[str]) -> Launch:
         pairs = (pair.partition("=") for pair in launched.env.get(PATHS_VARIABLE, "").split(":") if pair)

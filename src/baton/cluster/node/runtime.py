@@ -16,7 +16,7 @@ from baton.cluster.node.supervised import Launch
 POD_IP_VARIABLE = "BATON_POD_IP"
 HOSTS_VARIABLE = "BATON_HOSTS_FILE"
 PATHS_VARIABLE = "BATON_VOLUME_PATHS"
-"""Plain mode: `HOST_PATH=MANIFEST_PATH` pairs joined by `:`; programs that name things by path show the latter."""
+"""Plain mode: `HOST_PATH=MANIFEST_PATH` pairs joined by `:`. These names are read by `baton.protocol.pod` and `pyhook`."""
 PYHOOK = Path(__file__).with_name("pyhook")
 
 

@@ -44,6 +44,10 @@ class Launch:
         return replace(self, env={**self.env, shim.MARKER: mark})
 
 
+def not_found(program: str) -> str:
+    return f'exec: "{program}": executable file not found in $PATH'
+
+
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How an attempt ended. `code` as a shell sees it (128 + signal); `error`: it never ran; times in epoch seconds."""

@@ -30,7 +30,7 @@ from baton.engine.server.client import EngineClient, RankLostError
 from baton.engine.server.context import ServerContext, stage_of
 from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
-from baton.protocol.listen import listen_host
+from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready, Submit
 from baton.protocol.sampling import SamplingParams
 from baton.transfer.bootstrap import bootstrap_app
