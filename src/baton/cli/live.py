@@ -1,5 +1,6 @@
-"""Rows that change while a command waits: one live line each on a terminal, a plain line for each change elsewhere."""
+"""Rows that change while a command waits: one live line each on a terminal, elsewhere a plain line for what lasts."""
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +11,8 @@ from rich.text import Text
 
 from baton.cluster.progress import Row
 
+QUIET_S = 1.0
+"""On no terminal: how long a row keeps still after a line of it, unless it becomes ready."""
 _MARKS = {"ready": ("✓", "green"), "waiting": ("…", "yellow"), "stuck": ("✗", "red")}
 
 
@@ -19,7 +22,7 @@ class Lines:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._shown: dict[str, str] = {}
+        self._shown: dict[str, tuple[str, float]] = {}
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -36,9 +39,11 @@ class Lines:
         if self._live is not None:
             self._live.update(_table(rows), refresh=True)
             return
+        now = time.monotonic()
         for row in rows:
-            if self._shown.get(row.title) != row.text:
-                self._shown[row.title] = row.text
+            text, since = self._shown.get(row.title, ("", float("-inf")))
+            if row.text != text and (row.state == "ready" or now - since >= QUIET_S):
+                self._shown[row.title] = (row.text, now)
                 self._console.print(Text(str(row)))
 
 
