@@ -185,6 +185,6 @@ def test_strategic_merge(what: str, target: JSON, patch: JSON, result: JSON) -> 
     ],
 )
 def test_strategic_patches_that_are_refused(patch: JSON, text: str) -> None:
-    with pytest.raises(StatusError, match="merge key|directive") as refused:
+    with pytest.raises(StatusError, match=r"merge key|directive") as refused:
         strategic_merge(spec(A), patch, builtin_types()["Pod"])
     assert (refused.value.code, text in refused.value.message) == (400, True)

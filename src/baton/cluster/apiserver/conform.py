@@ -7,7 +7,6 @@ as a cause. Defaults that depend on other fields are in `defaults`, rules betwee
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +37,28 @@ class _Walk:
     result: Conformed
 
 
-def conform(obj: JSON, schema: Schema, *, builtin: bool, defaults: bool = True, required: bool = True) -> Conformed:
-    """Fits `obj` to `schema`. `defaults=False, required=False` is for the partial objects of server-side apply."""
+def conform(
+    obj: JSON,
+    schema: Schema,
+    *,
+    builtin: bool,
+    defaults: bool = True,
+    required: bool = True,
+    known: JSON | None = None,
+) -> Conformed:
+    """Fits `obj` to `schema`. `defaults=False, required=False` is for the partial objects of server-side apply.
+
+    Fields (other than metadata) that equal those of `known`, the stored object, fit already and are taken over as
+    they are: most writes change one part of an object. Free-form values are shared with the input, not copied.
+    """
     result = Conformed()
-    result.object = _node(obj, schema, "", _Walk(builtin, defaults, required, result))
+    walk = _Walk(builtin, defaults, required, result)
+    same = {k: v for k, v in (known or {}).items() if k != "metadata" and k in obj and obj[k] == v}
+    if same:
+        rest = {k: v for k, v in obj.items() if k not in same}
+        result.object = _object(rest, schema, "", walk, present=same)
+    else:
+        result.object = _node(obj, schema, "", walk)
     return result
 
 
@@ -56,7 +73,7 @@ def _node(value: Any, schema: Schema, path: str, walk: _Walk) -> Any:
             return _wrong(value, "array", path, walk)
         out = _array(value, schema, path, walk)
     elif kind == "any":
-        out = copy.deepcopy(value) if isinstance(value, dict | list) else value
+        out = value
     else:
         out = _scalar(value, kind, path, walk)
     if schema.limits is not None:
@@ -64,14 +81,15 @@ def _node(value: Any, schema: Schema, path: str, walk: _Walk) -> Any:
     return out
 
 
-def _object(value: JSON, schema: Schema, path: str, walk: _Walk) -> JSON:
-    out: JSON = {}
+def _object(value: JSON, schema: Schema, path: str, walk: _Walk, present: JSON | None = None) -> JSON:
+    """`present` are fields that need no look."""
+    out: JSON = dict(present) if present else {}
     properties, additional = schema.properties, schema.additional
     for name, child in value.items():
         child_schema = properties.get(name) or additional
         if child_schema is None:
             if schema.preserve_unknown or (schema.embedded_resource and name in _ALWAYS_KNOWN):
-                out[name] = copy.deepcopy(child)
+                out[name] = child
             else:
                 walk.result.unknown.append(_join(path, name))
             continue
@@ -86,7 +104,7 @@ def _object(value: JSON, schema: Schema, path: str, walk: _Walk) -> JSON:
     if walk.defaults:
         for name in schema.defaulted:
             if name not in out:
-                default = copy.deepcopy(properties[name].default)
+                default = properties[name].default
                 out[name] = _node(default, properties[name], _join(path, name), walk) if default is not None else None
     if walk.required and schema.required:
         _required(out, schema, path, walk)
@@ -106,7 +124,7 @@ def _required(out: JSON, schema: Schema, path: str, walk: _Walk) -> None:
 def _array(value: list[Any], schema: Schema, path: str, walk: _Walk) -> list[Any]:
     items = schema.items
     if items is None:
-        return copy.deepcopy(value)
+        return value
     out: list[Any] = []
     for index, item in enumerate(value):
         here = f"{path}[{index}]"

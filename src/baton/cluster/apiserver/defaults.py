@@ -113,9 +113,8 @@ def _secret(obj: JSON) -> None:
     """stringData is write-only: it ends up encoded in data."""
     plain = obj.pop("stringData", None)
     if plain:
-        data = obj.setdefault("data", {})
-        for name, text in plain.items():
-            data[name] = base64.b64encode(text.encode()).decode()
+        encoded = {name: base64.b64encode(text.encode()).decode() for name, text in plain.items()}
+        obj["data"] = {**obj.get("data", {}), **encoded}
 
 
 def _persistent_volume_claim(obj: JSON) -> None:

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import msgspec
+
 from baton.cluster.apiserver.schema import ABSENT, ANY, Schema
 
 JSON = dict[str, Any]
@@ -103,7 +105,7 @@ def _segment(key: str) -> str:
 def item_element(item: Any, schema: Schema) -> str:
     """The path element of one item of a list map (`k:`) or set (`v:`)."""
     if schema.list_type == "set" or not isinstance(item, dict):
-        return "v:" + json.dumps(item, separators=(",", ":"), ensure_ascii=False)
+        return "v:" + msgspec.json.encode(item).decode()
     items = schema.items or ANY
     keys = {}
     for name in sorted(schema.list_keys):
@@ -112,7 +114,7 @@ def item_element(item: Any, schema: Schema) -> str:
             value = items.properties[name].default
         if value is not None:
             keys[name] = value
-    return "k:" + json.dumps(keys, separators=(",", ":"), ensure_ascii=False)
+    return "k:" + msgspec.json.encode(keys).decode()
 
 
 def by_element(items: list[Any], schema: Schema) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class Operations:
         old = resource.convert(stored, version)
         new = change(old)
         self._check_place(target, new)
-        new = self._conform(target, new, options, name=target.name)
+        new = self._conform(target, new, options, name=target.name, known=self._known(target, old))
         new = self._merge_parts(target, new, old)
         self._check_update(target, new, old, options)
         manager = Manager(options.manager, operation, version.api_version, target.subresource)
@@ -182,7 +182,9 @@ class Operations:
         new = {**applied.object, "metadata": {**applied.object["metadata"]}}
         if asked:
             new["metadata"]["resourceVersion"] = asked
-        new = self._conform(target, new, WriteOptions(validation="Ignore"), name=target.name)
+        new = self._conform(
+            target, new, WriteOptions(validation="Ignore"), name=target.name, known=self._known(target, old)
+        )
         new = self._merge_parts(target, new, old)
         fields = ownership.settle_conflicts(resource, version, old, new, applied, manager, force=options.force)
         self._check_update(target, new, old, options)
@@ -361,12 +363,23 @@ class Operations:
                 {"name": name, "kind": target.resource.plural, "causes": [cause]},
             )
 
+    def _known(self, target: Target, old: JSON) -> JSON | None:
+        """What was checked in this very version when it was stored."""
+        return old if target.version is target.resource.storage else None
+
     def _conform(
-        self, target: Target, obj: JSON, options: WriteOptions, *, name: str = "", complete: bool = True
+        self,
+        target: Target,
+        obj: JSON,
+        options: WriteOptions,
+        *,
+        name: str = "",
+        complete: bool = True,
+        known: JSON | None = None,
     ) -> JSON:
         """Prunes, checks types and fills defaults; unknown fields are reported as the options say."""
         resource, version = target.resource, target.version
-        done = conform(obj, version.schema, builtin=resource.builtin, defaults=complete, required=complete)
+        done = conform(obj, version.schema, builtin=resource.builtin, defaults=complete, required=complete, known=known)
         out: JSON = done.object
         name = name or str((obj.get("metadata") or {}).get("name") or "")
         _report_unknown(resource, version, done.unknown, options)
