@@ -1,7 +1,7 @@
 """RoleBasedGroup v1alpha1 <-> v1alpha2, on plain wire objects, losing nothing in either direction.
 
 Each direction first says what it can in the other version's words (:func:`_up`, :func:`_down`). What the other
-version cannot say is kept as a merge patch in an annotation (the residue) and put back on the way home; an edit in
+version cannot say is kept as a list of edits in an annotation (the residue) and put back on the way home; an edit in
 between wins wherever the other version has a word for the field. Roles are matched by name, which validation keeps unique.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from baton.api import labels, v1alpha1, v1alpha2
-from baton.api.merge import diff, merge_patch
+from baton.api.merge import apply_edits, edits
 from baton.api.resources import Object
 
 _DEFAULT_V1ALPHA1_WORKLOAD = {"apiVersion": "apps/v1", "kind": "StatefulSet"}
@@ -52,8 +52,8 @@ def _convert(obj: Object, there: Direction, back: Direction, own_residue: str, o
     kept = _take_annotation(source, other_residue)
     result = there(source)
     if kept is not None:
-        result = _restored(result, merge_patch(_covered(result), kept))
-    residue = diff(_covered(back(result)), _covered(source))
+        result = _restored(result, apply_edits(_covered(result), kept))
+    residue = edits(_covered(back(result)), _covered(source))
     if residue:
         text = json.dumps(residue, sort_keys=True, separators=(",", ":"))
         result["metadata"].setdefault("annotations", {})[own_residue] = text
@@ -88,7 +88,7 @@ def _take_annotation(obj: Object, key: str) -> Any:
         kept = json.loads(text) if text is not None else None
     except ValueError:
         return None
-    return kept if isinstance(kept, dict) else None
+    return kept if isinstance(kept, list) else None
 
 
 def _with_workloads(obj: Object) -> Object:

@@ -50,6 +50,38 @@ def diff(base: Any, target: Any) -> Any:
     return patch
 
 
+def edits(base: dict[str, Any], target: dict[str, Any], path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """What turns ``base`` into ``target``, as ``{"at": [keys...], "to": value}`` (no "to": remove). Unlike a merge
+    patch it can carry nulls, which mean something inside template patches."""
+    found: list[dict[str, Any]] = [{"at": [*path, key]} for key in sorted(base) if key not in target]
+    for key, value in sorted(target.items()):
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            found += edits(old, value, (*path, key))
+        elif key not in base or old != value:
+            found.append({"at": [*path, key], "to": copy.deepcopy(value)})
+    return found
+
+
+def apply_edits(base: dict[str, Any], changes: list[Any]) -> dict[str, Any]:
+    """Apply :func:`edits`; one whose place no longer exists (somebody removed it) or that makes no sense is dropped."""
+    result = copy.deepcopy(base)
+    for change in changes:
+        if not isinstance(change, dict) or not isinstance(change.get("at"), list) or not change["at"]:
+            continue
+        *parents, last = map(str, change["at"])
+        at: Any = result
+        for key in parents:
+            at = at.get(key) if isinstance(at, dict) else None
+        if not isinstance(at, dict):
+            continue
+        if "to" in change:
+            at[last] = copy.deepcopy(change["to"])
+        else:
+            at.pop(last, None)
+    return result
+
+
 def strategic_merge(base: Any, patch: Any, field: str = "") -> Any:
     """Merge a pod template patch: lists in the table merge by key, other lists replace, null removes a field."""
     if isinstance(patch, dict):

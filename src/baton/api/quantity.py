@@ -34,6 +34,8 @@ def parse_quantity(value: object) -> Decimal:
 def _parse(text: str) -> Decimal:
     digits = text.rstrip("numkMGTPEi") if not _is_exponent(text) else text
     try:
+        if digits != digits.strip():
+            raise InvalidOperation
         number = Decimal(digits) * _SUFFIX[text[len(digits) :]]
     except (InvalidOperation, KeyError):
         raise ValueError(f"{text!r} is not a quantity; examples: 2, 500m, 16Gi") from None

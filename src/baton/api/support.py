@@ -28,6 +28,9 @@ _GROUP_ANNOTATIONS = {
     labels.OLD_EXCLUSIVE_TOPOLOGY: "exclusive topology",
     labels.MISSPELT_EXCLUSIVE_TOPOLOGY: "exclusive topology",
     labels.ROLE_INSTANCE_GANG_SCHEDULING: "gang scheduling",
+    # where a stored group keeps what its author wrote in these v1alpha1 fields
+    labels.KEPT_POD_GROUP_POLICY: "gang scheduling (v1alpha1 spec.podGroupPolicy)",
+    labels.KEPT_COORDINATION: "coordination of roles (v1alpha1 spec.coordination)",
 }
 
 
