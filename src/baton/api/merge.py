@@ -65,21 +65,22 @@ def edits(base: dict[str, Any], target: dict[str, Any], path: tuple[str, ...] = 
 
 def apply_edits(base: dict[str, Any], changes: list[Any]) -> dict[str, Any]:
     """Apply :func:`edits`; one whose place no longer exists (somebody removed it) or that makes no sense is dropped."""
-    result = copy.deepcopy(base)
+    result = base
     for change in changes:
-        if not isinstance(change, dict) or not isinstance(change.get("at"), list) or not change["at"]:
-            continue
-        *parents, last = map(str, change["at"])
-        at: Any = result
-        for key in parents:
-            at = at.get(key) if isinstance(at, dict) else None
-        if not isinstance(at, dict):
-            continue
-        if "to" in change:
-            at[last] = copy.deepcopy(change["to"])
-        else:
-            at.pop(last, None)
+        if isinstance(change, dict) and isinstance(change.get("at"), list) and change["at"]:
+            result = _edited(result, [str(key) for key in change["at"]], change)
     return result
+
+
+def _edited(tree: dict[str, Any], path: list[str], change: dict[str, Any]) -> dict[str, Any]:
+    # Rebuilt along the path, never changed: one map may stand in several places (a YAML anchor).
+    key, rest = path[0], path[1:]
+    if rest:
+        inner = tree.get(key)
+        return {**tree, key: _edited(inner, rest, change)} if isinstance(inner, dict) else tree
+    if "to" in change:
+        return {**tree, key: copy.deepcopy(change["to"])}
+    return {name: value for name, value in tree.items() if name != key}
 
 
 def strategic_merge(base: Any, patch: Any, field: str = "") -> Any:
