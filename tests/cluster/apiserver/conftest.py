@@ -20,7 +20,7 @@ import pytest
 import yaml
 from tests.fakes.node_connector import FakeNodes
 
-from baton.cluster.apiserver import ApiServer, Serving, Store, kubeconfig, serve
+from baton.cluster.apiserver import ApiServer, Serving, Store, Validator, kubeconfig, serve
 from baton.cluster.apiserver.resources import Conversion
 
 JSON = dict[str, Any]
@@ -65,10 +65,15 @@ class WatchStream:
 class Cluster:
     """A running API server over `path`."""
 
-    def __init__(self, directory: Path, conversions: dict[str, Conversion] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        conversions: dict[str, Conversion] | None = None,
+        validators: dict[str, Validator] | None = None,
+    ) -> None:
         self.directory = directory
         self.nodes = FakeNodes()
-        self.conversions = conversions or {}
+        self.conversions, self.validators = conversions or {}, validators or {}
         self.watches: list[WatchStream] = []
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -82,7 +87,7 @@ class Cluster:
 
     async def _start(self) -> None:
         self.store = Store(self.directory / "state.db")
-        self.app = ApiServer(self.store, self.nodes, token=TOKEN, conversions=self.conversions)
+        self.app = ApiServer(self.store, self.nodes, token=TOKEN, conversions=self.conversions, validators=self.validators)
         self.serving = await serve(self.app)
 
     def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 20) -> Any:

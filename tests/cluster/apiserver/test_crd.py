@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from baton.cluster.apiserver.errors import Cause
 from tests.cluster.apiserver.conftest import TOKEN, Cluster, as_yaml
 
 JSON = dict[str, Any]
@@ -85,9 +86,14 @@ def to_version(obj: JSON, api_version: str) -> JSON:
     return {**obj, "apiVersion": api_version, "spec": spec}
 
 
+def no_thirteen(obj: JSON) -> list[Cause]:
+    crew = obj["spec"].get("crew", obj["spec"].get("sailors"))
+    return [Cause.invalid("spec.crew", crew, "is unlucky")] if crew == 13 else []
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("cluster"), {"boats.harbour.io": to_version})
+    made = Cluster(tmp_path_factory.mktemp("cluster"), {"boats.harbour.io": to_version}, {"boats.harbour.io": no_thirteen})
     made.create(CRDS, crd())
     yield made
     made.close()
@@ -141,6 +147,14 @@ def test_values_that_break_the_schema(cluster: Cluster, spec: JSON, field: str, 
     causes = {c["field"]: c["message"] for c in answer.json["details"]["causes"]}
     assert text in causes[field]
     assert answer.json["message"].startswith('Boat.harbour.io "broken" is invalid: ')
+
+
+def test_rules_beyond_the_schema(cluster: Cluster) -> None:
+    text = cluster.kubectl("create", "-f", "-", stdin=as_yaml(boat("unlucky") | {"spec": {"crew": 13}}), fails=True)
+    assert 'The Boat "unlucky" is invalid: spec.crew: Invalid value: 13: is unlucky' in text
+    cluster.create(BOATS, boat("lucky"))
+    text = cluster.kubectl("patch", "boat", "lucky", "--type=merge", "-p", '{"spec":{"crew":13}}', fails=True)
+    assert "is unlucky" in text
 
 
 def test_status_is_apart_and_generation_counts_spec(cluster: Cluster) -> None:

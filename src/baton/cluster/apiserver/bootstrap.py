@@ -6,9 +6,10 @@ agent registers them), CRDs (the daemon applies them).
 
 from __future__ import annotations
 
-from baton.cluster.apiserver.operations import Operations, Target, WriteOptions
+from baton.cluster.apiserver.operations import Operations
 from baton.cluster.apiserver.resources import Registry
 from baton.cluster.apiserver.store import Key
+from baton.cluster.apiserver.target import Target, WriteOptions
 
 NAMESPACES = ("default", "kube-node-lease", "kube-public", "kube-system")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from baton.cluster.apiserver.deletion import FOREGROUND, ORPHAN, DeleteOptions
 from baton.cluster.apiserver.errors import StatusError
-from baton.cluster.apiserver.operations import Operations, Target, WriteOptions
+from baton.cluster.apiserver.operations import Operations
 from baton.cluster.apiserver.resources import Registry
 from baton.cluster.apiserver.store import ADDED, DELETED, Change, Key, Store, StoreClosedError
+from baton.cluster.apiserver.target import Target, WriteOptions
 
 log = logging.getLogger(__name__)
 JSON = dict[str, Any]

@@ -8,76 +8,77 @@ cannot interleave and an unconditional patch never conflicts. Not here: HTTP, re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from baton.cluster.apiserver import defaults, metadata, ownership, rules, strategy
+from baton.cluster.apiserver.checks import (
+    check_namespace,
+    check_place,
+    content,
+    decode_error,
+    finished,
+    report_unknown,
+    same,
+)
 from baton.cluster.apiserver.conform import conform
 from baton.cluster.apiserver.crd import CrdManager
 from baton.cluster.apiserver.deletion import DeleteOptions, decide_deletion
 from baton.cluster.apiserver.errors import (
     Cause,
-    StatusError,
     already_exists,
     bad_request,
     conflict,
     forbidden,
     invalid,
-    not_found,
 )
 from baton.cluster.apiserver.names import generate
 from baton.cluster.apiserver.ownership import Manager
-from baton.cluster.apiserver.resources import Registry, Resource, Version
+from baton.cluster.apiserver.resources import Registry, Resource
 from baton.cluster.apiserver.store import ADDED, DELETED, MODIFIED, Key, Store
+from baton.cluster.apiserver.target import Target, WriteOptions
 
 JSON = dict[str, Any]
 
 
-@dataclass(slots=True)
-class WriteOptions:
-    """The query of a write. `warnings` is filled on the way and sent as Warning headers."""
-
-    manager: str = "unknown"
-    dry_run: bool = False
-    validation: str = "Warn"  # Strict, Warn or Ignore: what to do about unknown fields
-    force: bool = False
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a request is about. `subresource` is "" or "status" for writes."""
-
-    resource: Resource
-    version: Version
-    namespace: str
-    name: str = ""
-    subresource: str = ""
+class Problem(Protocol):
+    """One thing a validator found: a field's path, Kubernetes' word for what is wrong, and text."""
 
     @property
-    def key(self) -> Key:
-        return Key(self.resource.store_name, self.namespace, self.name)
+    def field(self) -> str: ...
 
-    def missing(self) -> StatusError:
-        return not_found(self.resource.plural, self.resource.group, self.name)
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def message(self) -> str: ...
+
+
+Validator = Callable[[JSON], Iterable[Problem]]
+"""Rules of a custom resource beyond its schema, like a validating webhook but in-process."""
 
 
 class Operations:
     """Writes. One per server; shares the event loop with its `store`."""
 
     def __init__(
-        self, store: Store, registry: Registry, crds: CrdManager, addresses: strategy.ServiceAddresses
+        self,
+        store: Store,
+        registry: Registry,
+        crds: CrdManager,
+        addresses: strategy.ServiceAddresses,
+        validators: Mapping[str, Validator],
     ) -> None:
         self.store, self.registry, self.crds, self.addresses = store, registry, crds, addresses
+        self._validators = validators
 
     # Create
 
     async def create(self, target: Target, obj: JSON, options: WriteOptions) -> JSON:
         """Stores a new object; returns it in the target's version."""
         resource, version = target.resource, target.version
-        self._check_place(target, obj)
-        self._check_namespace(target)
+        check_place(target, obj)
+        check_namespace(self.store, target)
         obj = self._conform(target, obj, options)
         meta = obj.setdefault("metadata", {})
         if not meta.get("name") and meta.get("generateName"):
@@ -134,8 +135,13 @@ class Operations:
             causes += rules.create_causes(kind, obj)
         if kind == "CustomResourceDefinition":
             causes += self.crds.causes(obj, options.warnings)
+        causes += self._custom_causes(target.resource, obj)
         if causes:
             raise invalid(kind, target.resource.group, obj["metadata"]["name"], causes)
+
+    def _custom_causes(self, resource: Resource, obj: JSON) -> list[Cause]:
+        check = self._validators.get(resource.store_name)
+        return [Cause(p.field, p.reason, p.message) for p in check(obj)] if check else []
 
     # Update
 
@@ -152,7 +158,7 @@ class Operations:
             raise target.missing()
         old = resource.convert(stored, version)
         new = change(old)
-        self._check_place(target, new)
+        check_place(target, new)
         new = self._conform(target, new, options, name=target.name, known=self._known(target, old))
         new = self._merge_parts(target, new, old)
         self._check_update(target, new, old, options)
@@ -165,7 +171,7 @@ class Operations:
         resource, version = target.resource, target.version
         if (config.get("metadata") or {}).get("managedFields"):
             raise bad_request("metadata.managedFields must be nil")
-        self._check_place(target, config)
+        check_place(target, config)
         partial = self._conform(target, config, options, name=target.name, complete=False)
         partial.setdefault("metadata", {})["name"] = target.name
         manager = Manager(options.manager, "Apply", version.api_version, target.subresource)
@@ -196,7 +202,7 @@ class Operations:
         if partial["metadata"].get("uid"):
             raise conflict(resource.plural, resource.group, target.name, "uid mismatch: the object does not exist")
         partial["metadata"].pop("resourceVersion", None)
-        self._check_namespace(target)
+        check_namespace(self.store, target)
         empty: JSON = {"metadata": {}}
         applied = ownership.merge_applied(resource, version, empty, self._scope(target, partial), manager)
         obj = self._conform(target, partial, WriteOptions(validation="Ignore"), name=target.name)
@@ -247,7 +253,7 @@ class Operations:
         if resource.builtin and not target.subresource:
             strategy.prepare_update(resource.kind, new, old)
         counts = resource.counts_generation or not resource.builtin
-        if counts and not target.subresource and _content(new) != _content(old):
+        if counts and not target.subresource and content(new) != content(old):
             new["metadata"]["generation"] = old["metadata"].get("generation", 0) + 1
         return new
 
@@ -257,16 +263,18 @@ class Operations:
         if new["metadata"] != old["metadata"]:
             causes += metadata.metadata_causes(new["metadata"])
         if not target.subresource:
-            if target.resource.builtin and _content(new) != _content(old):
+            if target.resource.builtin and content(new) != content(old):
                 causes += rules.create_causes(kind, new) + rules.update_causes(kind, new, old)
             if kind == "CustomResourceDefinition":
                 causes += self.crds.causes(new, options.warnings)
                 self.crds.prepare(new)
+            if content(new) != content(old):
+                causes += self._custom_causes(target.resource, new)
         if causes:
             raise invalid(kind, target.resource.group, target.name, causes)
 
     async def _store_update(self, target: Target, new: JSON, old: JSON, stored: JSON, options: WriteOptions) -> JSON:
-        if _same(new, old):
+        if same(new, old):
             return old
         resource = target.resource
         if options.dry_run:
@@ -304,7 +312,7 @@ class Operations:
             written = await self._put(DELETED, target.key, marked)
             if resource.kind == "Service":
                 self.addresses.free(stored.get("spec", {}).get("clusterIP") or "")
-        elif _same(marked, stored):
+        elif same(marked, stored):
             written = stored
         else:
             written = await self._put(MODIFIED, target.key, marked)
@@ -313,7 +321,7 @@ class Operations:
     async def replace_stored(self, key: Key, new: JSON) -> None:
         """Writes a stored form as it is: for the room's own controllers (garbage collector, namespaces, CRDs)."""
         old = self.store.latest(key)
-        if old is not None and not _same(new, old):
+        if old is not None and not same(new, old):
             await self._put(DELETED if finished(new) else MODIFIED, key, new)
 
     # Shared steps
@@ -322,46 +330,6 @@ class Operations:
         written, done = self.store.put(kind, key, obj)
         await asyncio.shield(done)
         return written
-
-    def _check_place(self, target: Target, obj: JSON) -> None:
-        """apiVersion, kind, name and namespace of the body must be those of the URL."""
-        version, kind = target.version, target.resource.kind
-        given, given_kind = obj.get("apiVersion"), obj.get("kind")
-        if given is not None and given_kind is not None and (given, given_kind) != (version.api_version, kind):
-            raise bad_request(
-                f'{given_kind} in version "{given}" cannot be handled as a {kind}: no kind "{given_kind}" is registered for version "{version.api_version}"'
-            )
-        meta = obj.get("metadata")
-        if meta is not None and not isinstance(meta, dict):
-            raise bad_request(
-                f'{kind} in version "{version.api_version}" cannot be handled as a {kind}: metadata must be an object'
-            )
-        name = (meta or {}).get("name")
-        if target.name and name and name != target.name:
-            raise bad_request(f"the name of the object ({name}) does not match the name on the URL ({target.name})")
-        namespace = (meta or {}).get("namespace")
-        if target.resource.namespaced and namespace and namespace != target.namespace:
-            raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
-
-    def _check_namespace(self, target: Target) -> None:
-        if not target.resource.namespaced:
-            return
-        namespace = self.store.latest(Key("namespaces", "", target.namespace))
-        if namespace is None:
-            raise not_found("namespaces", "", target.namespace)
-        if namespace["metadata"].get("deletionTimestamp"):
-            plural = target.resource.store_name
-            text = f"unable to create new content in namespace {target.namespace} because it is being terminated"
-            name = target.name or ""
-            cause = {
-                "reason": "NamespaceTerminating",
-                "message": f"namespace {target.namespace} is being terminated",
-                "field": "metadata.namespace",
-            }
-            raise forbidden(
-                f'{plural} "{name}" is forbidden: {text}',
-                {"name": name, "kind": target.resource.plural, "causes": [cause]},
-            )
 
     def _known(self, target: Target, old: JSON) -> JSON | None:
         """What was checked in this very version when it was stored."""
@@ -382,55 +350,13 @@ class Operations:
         done = conform(obj, version.schema, builtin=resource.builtin, defaults=complete, required=complete, known=known)
         out: JSON = done.object
         name = name or str((obj.get("metadata") or {}).get("name") or "")
-        _report_unknown(resource, version, done.unknown, options)
+        report_unknown(resource, version, done.unknown, options)
         if done.causes:
             wrong = [c for c in done.causes if c.reason == "FieldValueTypeInvalid"]
             if wrong and resource.builtin:
-                raise bad_request(_decode_error(resource, version, wrong[0]))
+                raise bad_request(decode_error(resource, version, wrong[0]))
             raise invalid(resource.kind, resource.group, name, done.causes)
         out["apiVersion"], out["kind"] = version.api_version, resource.kind
         if complete and resource.builtin and version.group == resource.group:
             defaults.apply_defaults(resource.kind, out)
         return out
-
-
-def _report_unknown(resource: Resource, version: Version, unknown: list[str], options: WriteOptions) -> None:
-    texts = [f'unknown field "{path}"' for path in unknown]
-    if not texts or options.validation == "Ignore":
-        return
-    if options.validation == "Strict":
-        what = f'{resource.kind} in version "{version.version}" cannot be handled as a {resource.kind}: '
-        raise bad_request(f"{what if resource.builtin else ''}strict decoding error: {', '.join(texts)}")
-    options.warnings += texts
-
-
-def _decode_error(resource: Resource, version: Version, cause: Cause) -> str:
-    got = cause.message.split('"')[1]
-    wanted = cause.message.split("must be of type ")[1].split(":")[0]
-    what = f'{resource.kind} in version "{version.version}" cannot be handled as a {resource.kind}'
-    return f"{what}: json: cannot unmarshal {got} into field {resource.kind}.{cause.field} of type {wanted}"
-
-
-def finished(obj: JSON) -> bool:
-    """Marked for deletion and nothing holds it any more."""
-    meta = obj["metadata"]
-    if not meta.get("deletionTimestamp") or meta.get("finalizers"):
-        return False
-    if obj.get("kind") == "Namespace":
-        return not (obj.get("spec") or {}).get("finalizers")
-    return not meta.get("deletionGracePeriodSeconds")
-
-
-def _content(obj: JSON) -> JSON:
-    """What generation counts: everything but metadata and status."""
-    return {k: v for k, v in obj.items() if k not in ("metadata", "status", "apiVersion", "kind")}
-
-
-def _same(new: JSON, old: JSON) -> bool:
-    def plain(obj: JSON) -> JSON:
-        return {k: v for k, v in obj.items() if k != "metadata"}
-
-    def meta(obj: JSON) -> JSON:
-        return {k: v for k, v in obj["metadata"].items() if k != "resourceVersion" and v not in (None, [], {})}
-
-    return plain(new) == plain(old) and meta(new) == meta(old)

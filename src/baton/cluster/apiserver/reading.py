@@ -15,10 +15,10 @@ import msgspec
 
 from baton.cluster.apiserver.errors import Cause, bad_request, expired, future_revision, invalid
 from baton.cluster.apiserver.http import Request, query_error
-from baton.cluster.apiserver.operations import Target
 from baton.cluster.apiserver.resources import Resource, Version
 from baton.cluster.apiserver.selectors import FieldSelector, LabelSelector, SelectorError
 from baton.cluster.apiserver.store import Store
+from baton.cluster.apiserver.target import Target
 
 JSON = dict[str, Any]
 _MATCHES = ("", "Exact", "NotOlderThan")

@@ -14,9 +14,9 @@ from baton.cluster.apiserver.ages import parse_time
 from baton.cluster.apiserver.errors import StatusError, bad_request, method_not_allowed, no_such_resource
 from baton.cluster.apiserver.execute import EXEC_PROTOCOLS, run_session, send_failure
 from baton.cluster.apiserver.http import Request, dump, send_chunk, start_stream
-from baton.cluster.apiserver.operations import Target
 from baton.cluster.apiserver.portforward import PORTFORWARD_PROTOCOL, forward
 from baton.cluster.apiserver.store import Store
+from baton.cluster.apiserver.target import Target
 from baton.cluster.node_connector import ExecSession, LogOptions, NodeConnector, NodeError
 
 JSON = dict[str, Any]

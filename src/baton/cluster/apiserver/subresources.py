@@ -15,10 +15,11 @@ from baton.cluster.apiserver.errors import bad_request, conflict, method_not_all
 from baton.cluster.apiserver.http import Request, decode, send_json
 from baton.cluster.apiserver.jsonpath import find, put
 from baton.cluster.apiserver.metadata import timestamp
-from baton.cluster.apiserver.operations import Operations, Target, WriteOptions
+from baton.cluster.apiserver.operations import Operations
 from baton.cluster.apiserver.patch import json_patch, merge_patch
 from baton.cluster.apiserver.resources import ScaleSpec
 from baton.cluster.apiserver.selectors import LabelSelector
+from baton.cluster.apiserver.target import Target, WriteOptions
 
 JSON = dict[str, Any]
 

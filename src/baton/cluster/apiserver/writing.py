@@ -12,11 +12,12 @@ from baton.cluster.apiserver import tables
 from baton.cluster.apiserver.deletion import DeleteOptions
 from baton.cluster.apiserver.errors import Cause, bad_request, invalid, method_not_allowed, unsupported_media_type
 from baton.cluster.apiserver.http import JSON_TYPE, YAML_TYPE, Request, decode, send_json
-from baton.cluster.apiserver.operations import Operations, Target, WriteOptions
+from baton.cluster.apiserver.operations import Operations
 from baton.cluster.apiserver.patch import json_patch, merge_patch
 from baton.cluster.apiserver.protobuf import PROTOBUF_TYPE, decode_protobuf
 from baton.cluster.apiserver.reading import Selection, list_body, list_objects
 from baton.cluster.apiserver.strategic import strategic_merge
+from baton.cluster.apiserver.target import Target, WriteOptions
 
 JSON = dict[str, Any]
 JSON_PATCH, MERGE_PATCH = "application/json-patch+json", "application/merge-patch+json"
