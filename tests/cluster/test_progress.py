@@ -147,7 +147,10 @@ def test_a_published_service_waits_for_its_port_and_others_do_not() -> None:
 
 def test_addresses_are_those_a_program_here_can_use() -> None:
     there = service(annotations={"baton.dev/published": "127.0.0.1:9000"})
-    assert addresses([there, service("ClusterIP"), service("ClusterIP", address="None")]) == [
+    other = service("ClusterIP")
+    other["spec"]["ports"] = [{"port": 4222, "name": "client"}]
+    assert addresses([there, service("ClusterIP"), service("ClusterIP", address="None"), other]) == [
         ("pd", "http://127.0.0.1:9000"),
         ("pd", "http://127.9.9.9:8000"),
+        ("pd", "127.9.9.9:4222"),
     ]

@@ -240,13 +240,19 @@ def addresses(services: Iterable[Object]) -> list[tuple[str, str]]:
     found = []
     for service in services:
         spec, name = service["spec"], service["metadata"]["name"]
-        address = spec.get("clusterIP")
-        told = _published(service)
-        if told:
-            found += [(name, f"http://{one}") for one in told]
-        elif address and address != "None":
-            found += [(name, f"http://{address}:{one['port']}") for one in spec.get("ports") or []]
+        address, told = spec.get("clusterIP"), _published(service)
+        for index, port in enumerate(spec.get("ports") or []):
+            scheme = "http://" if _speaks_http(port) else ""
+            if index < len(told):
+                found.append((name, f"{scheme}{told[index]}"))
+            elif address and address != "None":
+                found.append((name, f"{scheme}{address}:{port['port']}"))
     return found
+
+
+def _speaks_http(port: Object) -> bool:
+    name = str(port.get("appProtocol") or port.get("name") or "")
+    return name.startswith("http") or (not name and port["port"] in (80, 8000, 8080))
 
 
 def _published(service: Object) -> list[str]:
