@@ -90,6 +90,7 @@ class FakeNodes:
         self.containers: dict[tuple[str, str, str], FakeContainerLog] = {}
         self.ports: dict[int, int] = {}
         self.log_options: list[LogOptions] = []
+        self.followers = 0
 
     def log_of(self, namespace: str, pod: str, container: str) -> FakeContainerLog:
         return self.containers.setdefault((namespace, pod, container), FakeContainerLog())
@@ -103,15 +104,19 @@ class FakeNodes:
             raise NodeError(f'previous terminated container "{container}" in pod "{pod}" not found')
         lines = log.previous if options.previous else log.lines
         position = max(0, len(lines) - options.tail_lines) if options.tail_lines is not None else 0
-        while True:
-            for line in lines[position:]:
-                yield b"2026-01-01T00:00:00.000000000Z " + line if options.timestamps else line
-            position = len(lines)
-            if not options.follow or log.ended:
-                return
-            async with log.grown:
-                if len(lines) == position and not log.ended:
-                    await log.grown.wait()
+        self.followers += 1
+        try:
+            while True:
+                for line in lines[position:]:
+                    yield b"2026-01-01T00:00:00.000000000Z " + line if options.timestamps else line
+                position = len(lines)
+                if not options.follow or log.ended:
+                    return
+                async with log.grown:
+                    if len(lines) == position and not log.ended:
+                        await log.grown.wait()
+        finally:
+            self.followers -= 1
 
     async def exec(
         self, namespace: str, pod: str, container: str, command: list[str], *, stdin: bool, tty: bool

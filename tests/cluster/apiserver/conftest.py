@@ -87,7 +87,9 @@ class Cluster:
 
     async def _start(self) -> None:
         self.store = Store(self.directory / "state.db")
-        self.app = ApiServer(self.store, self.nodes, token=TOKEN, conversions=self.conversions, validators=self.validators)
+        self.app = ApiServer(
+            self.store, self.nodes, token=TOKEN, conversions=self.conversions, validators=self.validators
+        )
         self.serving = await serve(self.app)
 
     def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 20) -> Any:

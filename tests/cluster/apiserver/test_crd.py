@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from baton.cluster.apiserver.errors import Cause
 from tests.cluster.apiserver.conftest import TOKEN, Cluster, as_yaml
+
+from baton.cluster.apiserver.errors import Cause
 
 JSON = dict[str, Any]
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -93,7 +94,9 @@ def no_thirteen(obj: JSON) -> list[Cause]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("cluster"), {"boats.harbour.io": to_version}, {"boats.harbour.io": no_thirteen})
+    made = Cluster(
+        tmp_path_factory.mktemp("cluster"), {"boats.harbour.io": to_version}, {"boats.harbour.io": no_thirteen}
+    )
     made.create(CRDS, crd())
     yield made
     made.close()

@@ -50,6 +50,16 @@ def test_logs_follow_shows_lines_as_they_come_and_ends_with_the_container(cluste
     log.ended = False
 
 
+def test_a_follower_that_leaves_is_forgotten(cluster: Cluster) -> None:
+    log_of(cluster, b"only\n")
+    follower = cluster.start_kubectl("logs", "-f", "web")
+    assert follower.stdout and follower.stdout.readline() == "only\n"
+    assert cluster.nodes.followers == 1
+    follower.kill()
+    follower.communicate(timeout=10)
+    cluster.eventually(lambda: cluster.nodes.followers == 0, "the node's reader ends")
+
+
 def test_logs_of_what_does_not_exist(cluster: Cluster) -> None:
     assert "container nope is not valid for pod web" in cluster.kubectl("logs", "web", "-c", "nope", fails=True)
     assert 'pods "ghost" not found' in cluster.kubectl("logs", "ghost", fails=True)

@@ -9,6 +9,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,70 @@ def stored_values(path: Path) -> list[tuple[str, int]]:
         return json.loads(json.dumps(out))
 
     return asyncio.run(read())
+
+
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+sys.path.insert(0, str(Path(sys.argv[2]).parent))
+from baton.cluster.apiserver import ApiServer, Store, serve
+from tests.fakes.node_connector import FakeNodes
+
+async def main():
+    serving = await serve(ApiServer(Store(sys.argv[1]), FakeNodes(), token=None))
+    print(serving.port, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_sigkill_of_the_server_loses_no_answered_create(tmp_path: Path) -> None:
+    source = str(Path(__file__).parents[3] / "src")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(tmp_path / "db"), source], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout
+    port = int(server.stdout.readline())
+    answered: list[str] = []
+    enough = threading.Event()
+
+    def storm(client: int) -> None:
+        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        try:
+            for number in range(10_000):
+                name = f"c{client}-{number}"
+                body = json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}})
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", "/api/v1/namespaces/default/configmaps", body, headers)
+                response = connection.getresponse()
+                response.read()
+                if response.status == 201:
+                    answered.append(name)
+                if len(answered) > 300:
+                    enough.set()
+        except (OSError, HTTPException):
+            pass  # the server is gone, as it should be
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=storm, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    assert enough.wait(30)
+    server.kill()
+    server.stdout.close()
+    server.wait()
+    for thread in threads:
+        thread.join(20)
+
+    async def names() -> set[str]:
+        store = Store(tmp_path / "db")
+        store.check_integrity()
+        found = {o["metadata"]["name"] for o in store.resource("configmaps").select("default")}
+        await store.close()
+        return found
+
+    assert set(answered) <= asyncio.run(names())
+    assert len(answered) > 300

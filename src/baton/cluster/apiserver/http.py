@@ -132,6 +132,11 @@ class Request:
             if not message.get("more_body"):
                 return b"".join(parts)
 
+    async def gone(self) -> None:
+        """Returns when the client has left (or its connection is closed after the answer)."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
     async def json_object(self, *, accepted: tuple[str, ...] = BODY_TYPES) -> JSON:
         """The body as an object. A missing Content-Type means JSON (kubectl's scale sends none)."""
         kind = self.content_type or JSON_TYPE

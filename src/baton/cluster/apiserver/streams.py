@@ -6,7 +6,9 @@ Owns `Streams`. exec and attach are in `execute`, port-forward in `portforward`.
 
 from __future__ import annotations
 
-from contextlib import aclosing
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +21,7 @@ from baton.cluster.apiserver.store import Store
 from baton.cluster.apiserver.target import Target
 from baton.cluster.node_connector import ExecSession, LogOptions, NodeConnector, NodeError
 
+log = logging.getLogger(__name__)
 JSON = dict[str, Any]
 
 
@@ -68,20 +71,19 @@ class Streams:
                 f'container "{container}" in pod "{target.name}" is waiting to start: pod is not scheduled yet'
             )
         chunks = self._nodes.logs(target.namespace, target.name, container, options)
-        started = False
+        # A follower that leaves must end the node's reading even when the container never writes again.
+        copying = asyncio.create_task(_copy_log(request, chunks), name="log")
+        leaving = asyncio.create_task(request.gone(), name="log-disconnect")
         try:
-            async with aclosing(chunks) as opened:  # type: ignore[type-var]
-                async for chunk in opened:
-                    if not started:
-                        await start_stream(request, "text/plain; charset=utf-8")
-                        started = True
-                    await send_chunk(request, chunk)
-        except NodeError as error:
-            if not started:
-                raise status_of(error) from None
-        if not started:
-            await start_stream(request, "text/plain; charset=utf-8")
-        await send_chunk(request, b"", more=False)
+            await asyncio.wait({copying, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (copying, leaving):
+                task.cancel()
+            result, _ = await asyncio.gather(copying, leaving, return_exceptions=True)
+        if isinstance(result, NodeError):
+            raise status_of(result) from None
+        if isinstance(result, Exception):
+            raise result
 
     async def websocket(self, request: Request, target: Target) -> None:
         """Checks everything before the handshake, so that errors are plain HTTP answers."""
@@ -125,6 +127,27 @@ class Streams:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await request.send({"type": "websocket.http.response.start", "status": error.code, "headers": headers})
         await request.send({"type": "websocket.http.response.body", "body": body})
+
+
+async def _copy_log(request: Request, chunks: AsyncIterator[bytes]) -> None:
+    """Raises `NodeError` only while no byte is sent; later ones end the stream, as a container's end does."""
+    started = False
+    try:
+        async for chunk in chunks:
+            if not started:
+                await start_stream(request, "text/plain; charset=utf-8")
+                started = True
+            await send_chunk(request, chunk)
+    except NodeError as error:
+        if not started:
+            raise
+        log.warning("log stream ended early", extra={"path": request.path, "error": error.message})
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
+    if not started:
+        await start_stream(request, "text/plain; charset=utf-8")
+    await send_chunk(request, b"", more=False)
 
 
 async def _accept(request: Request, protocol: str) -> None:

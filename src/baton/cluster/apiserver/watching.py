@@ -109,7 +109,7 @@ async def watch(request: Request, selection: Selection, store: Store) -> None:
     options = WatchOptions.parse(request)
     await start_stream(request, "application/json")
     streaming = asyncio.create_task(_stream(request, selection, store, options), name="watch")
-    leaving = asyncio.create_task(_disconnected(request), name="watch-disconnect")
+    leaving = asyncio.create_task(request.gone(), name="watch-disconnect")
     try:
         await asyncio.wait({streaming, leaving}, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -120,11 +120,6 @@ async def watch(request: Request, selection: Selection, store: Store) -> None:
         raise results[0]
     if not isinstance(results[0], asyncio.CancelledError):
         await send_chunk(request, b"", more=False)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _stream(request: Request, selection: Selection, store: Store, options: WatchOptions) -> None:
