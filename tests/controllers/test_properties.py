@@ -21,7 +21,7 @@ from baton.controllers.workloads import replica_set
 from baton.controllers.workloads import stateful_set as stateful_sets
 
 Object = dict[str, Any]
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 rolling = st.fixed_dictionaries(
     {},

@@ -46,7 +46,8 @@ def free_on(node: Object, pods: Iterable[Object]) -> Amounts:
     free = {name: parse_quantity(value) for name, value in source.items()}
     for pod in pods:
         for name, amount in requests_of(pod).items():
-            free[name] = free.get(name, Decimal(0)) - amount
+            if name in free or name != "pods":  # a node that names no number of pods sets no bound on it
+                free[name] = free.get(name, Decimal(0)) - amount
     return free
 
 
