@@ -218,7 +218,7 @@ class Client:
             except ApiError as error:
                 if error.code != 429 or attempt == _MAX_THROTTLE_RETRIES:
                     raise
-                await asyncio.sleep(error.retry_after_s or 1.0)
+                await asyncio.sleep(1.0 if error.retry_after_s is None else error.retry_after_s)
         raise AssertionError("the loop above always returns or raises")
 
     async def text(self, path: str, *, params: Params | None = None) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.cluster_client.client import Client
-from baton.cluster_client.errors import ApiError, ClientError, Gone, Unreachable
+from baton.cluster_client.errors import ApiError, ClientError, Gone
 from baton.cluster_client.resources import Object, Resource, key_of
 
 log = logging.getLogger(__name__)
@@ -70,16 +70,20 @@ async def follow(
                 label_selector=label_selector,
                 field_selector=field_selector,
             )
+            heard = False
             async with aclosing(stream) as events:  # type: ignore[type-var]
                 async for event in events:
+                    heard = True
                     version = str(event.object["metadata"]["resourceVersion"])
                     backoff_s, failing = _BACKOFF_FIRST_S, False
                     if event.type == "BOOKMARK":
                         continue
                     yield _remember(known, event.type, event.object)
+            if not heard:  # something between us and the server ends watches at once; do not spin
+                await sleep(_BACKOFF_FIRST_S)
         except Gone:
             version = None
-        except (ApiError, Unreachable) as error:
+        except ClientError as error:
             level = logging.DEBUG if failing else logging.WARNING
             log.log(level, "watch interrupted", extra={"resource": resource.full_name, "error": str(error)})
             failing = True
@@ -116,6 +120,3 @@ def _remember(known: dict[str, Object], kind: str, obj: Object) -> Change:
     seen = key in known
     known[key] = obj
     return Change("MODIFIED" if seen else "ADDED", obj)
-
-
-__all__ = ["Change", "ClientError", "follow"]

@@ -6,6 +6,8 @@ EndpointSlice with the pods' host names, which is what DNS servers (and our host
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from baton.api import labels, names
 from baton.api.resources import ENDPOINT_SLICES, SERVICES, Object
 from baton.api.v1alpha2 import RoleSpec, Spec
@@ -41,8 +43,9 @@ def plan_services(group: Object, spec: Spec, existing: list[Object]) -> tuple[li
     return actions, notes
 
 
-def service_names(group: str, spec: Spec) -> set[str]:
-    return {name for role in spec.roles for name in (subdomain(group, role), alias(group, role))}
+def service_names(group: str, roles: Iterable[str]) -> list[str]:
+    """The names that a group with these roles wants for itself."""
+    return sorted({make(group, role) for role in roles for make in (names.old_service_name, names.new_service_name)})
 
 
 def _is_ours(obj: Object, uid: str) -> bool:
@@ -133,6 +136,3 @@ def _slice(group: Object, role: RoleSpec, name: str, service: str, endpoints: li
         "endpoints": endpoints,
         "ports": [],
     }
-
-
-__all__ = ["names", "plan_alias_slices", "plan_services", "service_names"]
