@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tests.fakes.memory_api import MemoryApi
 from baton.cluster.node.agent import NodeAgent, NodeConfig
 from baton.cluster.node.backoff import Backoff
 from baton.cluster.node.nodes import NodeSpec
+from baton.cluster.node_connector import LogOptions
 from baton.cluster_client import Object
 from baton.cluster_client.resources import CONFIG_MAPS, PODS
 
@@ -57,9 +58,7 @@ class NodeBed:
             with contextlib.suppress(Exception):
                 await self.api.delete(PODS, meta["name"], meta["namespace"], grace_period_s=0)
         slots = self.config.home / "node" / "slots"
-        async with asyncio.timeout(20):
-            while any(slots.iterdir()):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await eventually(lambda: not any(slots.iterdir()))
         await self.kill()
         assert self.agent is not None
         shutil.rmtree(self.agent.slots.shm_root, ignore_errors=True)
@@ -90,11 +89,19 @@ class NodeBed:
         return dict(await self.api.until(lambda: self.status(name).get("phase") == phase and self.status(name)))
 
     async def log(self, name: str, container: str = "main", **options: Any) -> str:
-        from baton.cluster.node_connector import LogOptions
-
         assert self.agent is not None
         parts = [part async for part in self.agent.connector.logs("default", name, container, LogOptions(**options))]
         return b"".join(parts).decode()
+
+
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 20.0) -> None:
+    """For what real processes and files do, of which nothing tells: look again until it is so."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            found = condition()
+            if found if isinstance(found, bool) else await found:
+                return
+            await asyncio.sleep(0.01)
 
 
 def is_ready(status: Object) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.fakes.node_bed import NodeBed, node_bed, pod
+from tests.fakes.node_bed import NodeBed, eventually, node_bed, pod
 
 from baton.cluster.node import isolation, shim
 from baton.cluster_client.resources import CONFIG_MAPS, PODS
@@ -283,9 +283,7 @@ async def test_the_agent_can_be_killed_and_the_next_one_adopts(bed: NodeBed) -> 
     assert after["containerStatuses"][0]["restartCount"] == 0
     assert after["podIP"] == before["podIP"]
     assert (await run_in(bed, "stays", "echo", "alive")) == "alive\n"
-    async with asyncio.timeout(10):
-        while len(list((bed.config.home / "node" / "slots").iterdir())) > 2:
-            await asyncio.sleep(0.02)
+    await eventually(lambda: len(list((bed.config.home / "node" / "slots").iterdir())) == 2)
 
 
 def _fifo(bed: NodeBed) -> dict[str, object]:
@@ -336,12 +334,14 @@ async def run_in(bed: NodeBed, name: str, *command: str) -> str:
 
 
 async def starts_are(bed: NodeBed, wanted: str) -> None:
-    async with asyncio.timeout(10):
-        while await run_in(bed, "inplace", "cat", "/data/starts") != wanted:
-            await asyncio.sleep(0.02)
+    async def is_so() -> bool:
+        return await run_in(bed, "inplace", "cat", "/data/starts") == wanted
+
+    await eventually(is_so)
 
 
 async def first_words(bed: NodeBed, name: str, words: str) -> None:
-    async with asyncio.timeout(10):
-        while words not in await bed.log(name):
-            await asyncio.sleep(0.02)
+    async def are_said() -> bool:
+        return words in await bed.log(name)
+
+    await eventually(are_said)

@@ -27,7 +27,8 @@ class Plain:
         rewrite = rewriter(paths)
         env = {key: rewrite(value) for key, value in plan.env.items()}
         env["TMPDIR"] = str(plan.scratch)
-        env["HOME"] = str(plan.scratch) if plan.env.get("HOME") == "/tmp" else env["HOME"]
+        if plan.env.get("HOME", "/tmp") == "/tmp":
+            env["HOME"] = str(plan.scratch)
         env[HOSTS_VARIABLE] = str(plan.hosts)
         env[PATHS_VARIABLE] = ":".join(f"{path}={target}" for target, path in paths.items())
         cwd = str(plan.scratch) if plan.cwd == "/" else rewrite(plan.cwd)

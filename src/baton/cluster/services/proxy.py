@@ -11,12 +11,16 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 4096
+BACKLOG = 1024
+ACCEPT_RETRY_S = 0.1
 RELAY_BYTES = 65536
+_LINGER_NONE = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,48 +38,75 @@ class Proxy:
         self.frontend = frontend
         self._backends: tuple[tuple[str, int], ...] = ()
         self._next = 0
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._fresh: set[socket.socket] = set()
+        """Accepted, and their task has not begun: cancelled now, it never would close them."""
 
     async def start(self) -> None:
         """Listen. Raises OSError when the port is taken."""
-        self._server = await asyncio.start_server(
-            self._accept, self.frontend.address, self.frontend.port, family=socket.AF_INET, backlog=1024,
-            limit=RELAY_BYTES,
-        )  # fmt: skip
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setblocking(False)
+            listener.bind((self.frontend.address, self.frontend.port))
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._listener = listener
+        # Not asyncio's server: closing that one strands a connection which was accepted at the same moment.
+        name = f"accept {self.frontend.address}:{self.frontend.port}"
+        self._accepting = asyncio.create_task(self._accept(listener), name=name)
 
     async def stop(self) -> None:
         """Stop listening and cut what runs."""
-        if self._server is not None:
-            self._server.close()
+        if self._accepting is None or self._listener is None:
+            return
+        self._accepting.cancel()
+        await asyncio.gather(self._accepting, return_exceptions=True)
+        self._listener.close()
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        if self._server is not None:
-            await self._server.wait_closed()
+        for connection in self._fresh:
+            connection.close()
 
     def set_backends(self, backends: tuple[tuple[str, int], ...]) -> None:
         self._backends = backends
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        if len(self._connections) >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
-        self._connections.add(task)
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, or a client that went at once
+                log.warning("cannot accept", extra={"error": str(error)})
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            if len(self._connections) >= MAX_CONNECTIONS:
+                connection.close()
+                continue
+            self._fresh.add(connection)
+            task = asyncio.create_task(self._handle(connection), name="relay")
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _handle(self, connection: socket.socket) -> None:
+        self._fresh.discard(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reader, writer = await asyncio.open_connection(sock=connection, limit=RELAY_BYTES)
         try:
             await self._serve(reader, writer)
         except asyncio.CancelledError:
-            writer.transport.abort()
-        finally:
-            self._connections.discard(task)
+            _reset(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = await self._connect()
         if upstream is None:
-            # A reset, so that the client sees a failed connection and not an empty answer.
-            writer.transport.abort()
+            # So that the client sees a failed connection and not an empty answer.
+            _reset(writer)
             return
         up_reader, up_writer = upstream
         try:
@@ -85,7 +116,7 @@ class Proxy:
         except* OSError:
             # One side broke: the other must see a broken connection too, not a clean end.
             for one in (writer, up_writer):
-                one.transport.abort()
+                _reset(one)
         finally:
             for one in (writer, up_writer):
                 one.close()
@@ -104,6 +135,15 @@ class Proxy:
             except (OSError, TimeoutError) as error:
                 log.debug("endpoint does not answer", extra={"endpoint": f"{host}:{port}", "error": str(error)})
         return None
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with RST: the peer gets an error, not an end of file."""
+    one = writer.get_extra_info("socket")
+    if one is not None:
+        with contextlib.suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+    writer.transport.abort()
 
 
 async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

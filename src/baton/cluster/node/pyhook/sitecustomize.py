@@ -2,8 +2,8 @@
 
 Pods of one machine share its network, so a program that listens on "all addresses" would take the port from all pods:
 here all addresses means the pod's own (BATON_POD_IP). In plain isolation, where /etc/hosts cannot be replaced, names of
-the cluster are looked up in the slot's hosts file (BATON_HOSTS_FILE) first. uvloop resolves and binds in C, so its loop is
-wrapped too when a program imports it. Not reached: programs started with `python -I`/-E, and C libraries that bind or
+the cluster are looked up in the slot's hosts file (BATON_HOSTS_FILE) first. Event loops go around these functions (uvloop does
+all of it in C), so theirs are wrapped too when a program imports them. Not reached: programs started with `python -I`/-E, and C libraries that bind or
 resolve by themselves (ZeroMQ, gRPC); these must be given the pod's address.
 """
 
@@ -134,40 +134,47 @@ def _named(sock: socket.socket, address: Any) -> Any:
     return (found[0], *address[1:]) if found else address
 
 
-def _patch_uvloop(module: ModuleType) -> None:
-    loop: Any = module.Loop
-    original = {name: getattr(loop, name) for name in ("create_server", "create_connection", "getaddrinfo")}
+def _target(host: Any, flags: int = 0) -> Any:
+    return _resolved(host, flags)[0] if isinstance(host, str | bytes) else host
 
-    def target(host: Any, flags: int = 0) -> Any:
-        return host if not isinstance(host, str | bytes) else _resolved(host, flags)[0]
+
+def _patch_servers(loop: Any) -> None:
+    """Event loops parse address texts themselves and bind them one by one: what to bind is said before."""
+    original = loop.create_server
 
     async def create_server(self: Any, factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
-        if (
-            host is None
-            and options.get("sock") is None
-            and options.get("sock") is None
-            and _POD_IP
-            and port is not None
-        ):
+        if host is None and port is not None and _POD_IP:
             host = _POD_IP
         elif isinstance(host, list | tuple):
-            host = list(dict.fromkeys(target(one) for one in host))
+            host = list(dict.fromkeys(_target(one) for one in host))
         else:
-            host = target(host)
-        return await original["create_server"](self, factory, host, port, **options)
+            host = _target(host)
+        return await original(self, factory, host, port, **options)
+
+    loop.create_server = create_server
+
+
+def _patch_asyncio(module: ModuleType) -> None:
+    _patch_servers(module.BaseEventLoop)
+
+
+def _patch_uvloop(module: ModuleType) -> None:
+    loop: Any = module.Loop
+    _patch_servers(loop)
+    connect, getaddrinfo = loop.create_connection, loop.getaddrinfo
 
     async def create_connection(self: Any, factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
         if options.get("ssl") and host and not options.get("server_hostname"):
             options["server_hostname"] = host
-        return await original["create_connection"](self, factory, target(host), port, **options)
+        return await connect(self, factory, _target(host), port, **options)
 
     async def lookup(self: Any, host: Any, port: Any, **options: Any) -> Any:
         targets = _resolved(host, int(options.get("flags", 0)))
         if targets == [host]:
-            return await original["getaddrinfo"](self, host, port, **options)
-        return [one for each in targets for one in await original["getaddrinfo"](self, each, port, **options)]
+            return await getaddrinfo(self, host, port, **options)
+        return [one for each in targets for one in await getaddrinfo(self, each, port, **options)]
 
-    loop.create_server, loop.create_connection, loop.getaddrinfo = create_server, create_connection, lookup
+    loop.create_connection, loop.getaddrinfo = create_connection, lookup
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -203,7 +210,7 @@ def _install() -> None:
     if _HOSTS_FILE:
         socket.gethostbyname, socket.gethostbyname_ex = _gethostbyname, _gethostbyname_ex
         socket.gethostname = _gethostname
-    sys.meta_path.insert(0, _AfterImport("uvloop", _patch_uvloop))
+    sys.meta_path[:0] = [_AfterImport("asyncio.base_events", _patch_asyncio), _AfterImport("uvloop", _patch_uvloop)]
 
 
 def _run_the_next() -> None:
