@@ -28,6 +28,16 @@ def test_bodies_are_bounded(cluster: Cluster) -> None:
     assert cluster.http("GET", f"{NS}/configmaps").code == 200
 
 
+def test_bodies_without_a_length_are_bounded_too(cluster: Cluster) -> None:
+    connection = cluster.connect()
+    chunks = (b"x" * 65536 for _ in range(64))
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    connection.request("POST", f"{NS}/configmaps", chunks, headers, encode_chunked=True)
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["reason"]) == (413, "RequestEntityTooLarge")
+    connection.close()
+
+
 @pytest.mark.parametrize(
     ("body", "content_type", "code", "text"),
     [

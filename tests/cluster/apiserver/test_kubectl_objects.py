@@ -197,6 +197,7 @@ def test_dry_run_changes_nothing(cluster: Cluster) -> None:
 def test_explain_and_discovery(cluster: Cluster) -> None:
     out = cluster.kubectl("explain", "statefulset.spec.template.spec.containers.readinessProbe")
     assert re.search(r"FIELD: readinessProbe <Probe>", out)
+    assert "How to find out whether a container is alive" in out
     assert re.search(r"tcpSocket\s+<TCPSocketAction>", out)
     listed = cluster.kubectl("api-resources", "--namespaced=false").split()
     assert {"nodes", "persistentvolumes", "namespaces", "customresourcedefinitions"} <= set(listed)

@@ -2,7 +2,7 @@
 
 Owns the small text format:
 
-    TypeName [atomic]
+    TypeName [atomic] [| description]
       field type [!] [key=a,b] [patch=k] [set] [atomic] [retain] [=default]
 
 `[]T` is a list, `{}T` a map from string; `!` means required; `key=` the keys of a list that is a map (its first key is
@@ -52,8 +52,10 @@ def _structs(text: str, types: dict[str, Schema]) -> list[tuple[Schema, str]]:
         if not line.strip() or line.startswith("#"):
             continue
         if not line.startswith(" "):
-            name, *flags = line.split()
-            struct = types[name] = Schema("object", name=name, map_atomic="atomic" in flags)
+            head, _, description = line.partition(" | ")
+            name, *flags = head.split()
+            struct = Schema("object", name=name, map_atomic="atomic" in flags, description=description)
+            types[name] = struct
         elif struct is not None:
             fields.append((struct, line.strip()))
     return fields

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 JSON = dict[str, Any]
+ENCODED_KEPT = 512  # watchers read a change soon after it is made; older ones encode it again
 ADDED, MODIFIED, DELETED = "ADDED", "MODIFIED", "DELETED"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (
@@ -148,11 +150,12 @@ class Store:
     `history_limit` is how many changes are kept for watches before the oldest half is compacted away.
     """
 
-    def __init__(self, path: Path | str, *, history_limit: int = 20_000) -> None:
+    def __init__(self, path: Path | str, *, history_limit: int = 6_000) -> None:
         self.history_limit = history_limit
         self._resources: dict[str, ResourceLog] = {}
         self._pending: dict[Key, tuple[int, JSON | None]] = {}  # newest write of each key that is not committed yet
         self._queue: list[_Write] = []
+        self._encoded: deque[Change] = deque()  # changes whose wire forms are still worth keeping
         self._newest: asyncio.Future[int] | None = None  # of the write queued last
         self._committing = False
         self._listeners: list[Callable[[list[Change]], None]] = []
@@ -278,6 +281,9 @@ class Store:
             log.apply(change)
             if self._pending.get(change.key, (0, None))[0] == change.revision:
                 del self._pending[change.key]
+            self._encoded.append(change)
+        while len(self._encoded) > ENCODED_KEPT:
+            self._encoded.popleft().encoded.clear()
         self.committed_revision = changes[-1].revision
         if floor is not None:
             self.floor = floor
