@@ -118,6 +118,7 @@ class Daemon:
                 dataplane.stop(self._home)
                 await stop_pods(client, slots)
                 await dataplane.wait_stopped(self._home)
+            logger.info("requests of the daemon itself", extra={"requests": client.num_requests})
         logger.info("stopped")
 
     async def _run_parts(self, client: Client, agent: NodeAgent, serving: Serving) -> None:
