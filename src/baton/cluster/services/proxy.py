@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 4096
 BACKLOG = 1024
-ACCEPT_RETRY_S = 0.1
 RELAY_BYTES = 65536
 _LINGER_NONE = struct.pack("ii", 1, 0)
 
@@ -39,7 +38,6 @@ class Proxy:
         self._backends: tuple[tuple[str, int], ...] = ()
         self._next = 0
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._fresh: set[socket.socket] = set()
         """Accepted, and their task has not begun: cancelled now, it never would close them."""
@@ -56,16 +54,15 @@ class Proxy:
             listener.close()
             raise
         self._listener = listener
-        # Not asyncio's server: closing that one strands a connection which was accepted at the same moment.
-        name = f"accept {self.frontend.address}:{self.frontend.port}"
-        self._accepting = asyncio.create_task(self._accept(listener), name=name)
+        # Accepted in a callback: a task that waits for a connection can be cancelled with one in its hands, which then
+        # stays open and mute (asyncio's own server strands it likewise).
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def stop(self) -> None:
         """Stop listening and cut what runs."""
-        if self._accepting is None or self._listener is None:
+        if self._listener is None:
             return
-        self._accepting.cancel()
-        await asyncio.gather(self._accepting, return_exceptions=True)
+        asyncio.get_running_loop().remove_reader(self._listener)
         self._listener.close()
         for task in list(self._connections):
             task.cancel()
@@ -76,22 +73,20 @@ class Proxy:
     def set_backends(self, backends: tuple[tuple[str, int], ...]) -> None:
         self._backends = backends
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors, or a client that went at once
-                log.warning("cannot accept", extra={"error": str(error)})
-                await asyncio.sleep(ACCEPT_RETRY_S)
-                continue
-            if len(self._connections) >= MAX_CONNECTIONS:
-                connection.close()
-                continue
-            self._fresh.add(connection)
-            task = asyncio.create_task(self._handle(connection), name="relay")
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # a client that went at once, or no descriptor left: the loop comes back
+            log.warning("cannot accept", extra={"error": str(error)})
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._fresh.add(connection)
+        task = asyncio.create_task(self._handle(connection), name="relay")
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _handle(self, connection: socket.socket) -> None:
         self._fresh.discard(connection)
