@@ -64,12 +64,16 @@ class FakeRank:
     is_hung: bool = False
     """Set: nothing is answered any more."""
     flush_ok: bool = True
+    holds_ends: bool = False
+    """Set: a sequence that is aborted ends, with one token more, only when the next `Submit` comes: as after a step that
+    was on its way."""
     is_prefill: bool = False
     credits: int | None = None
     """Steps that may still run; None: no limit. `give` adds some."""
     received: list[ToRank] = field(default_factory=list)
     paused: threading.Event = field(default_factory=threading.Event)
     _running: dict[str, _Running] = field(default_factory=dict)
+    _held: list[RequestOutput] = field(default_factory=list)
     _is_stopping: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -116,6 +120,8 @@ class FakeRank:
     def _handle(self, message: ToRank) -> None:
         match message:
             case Submit():
+                self._send_held()
+                assert message.rid not in self._running, f"request id {message.rid!r} is in use"
                 if self.refuse is not None:
                     self._send([RequestOutput(message.rid, finish=Finish("abort", error=self.refuse))])
                     return
@@ -125,12 +131,19 @@ class FakeRank:
                 if self._running.pop(rid, None) is not None:
                     error = ErrorInfo("AbortError", 499, reason)
                     finish = Finish("stop", matched_stop) if matched_stop else Finish("abort", error=error)
-                    self._send([RequestOutput(rid, finish=finish)])
+                    self._held.append(RequestOutput(rid, [EOS_ID] if self.holds_ends else [], finish))
+                    if not self.holds_ends:
+                        self._send_held()
             case FlushCache(call_id) | CheckIntegrity(call_id):
                 self._channel.send(Reply(call_id, self.flush_ok))
             case GetState(call_id):
                 state = SchedulerState(call_id=call_id, num_running=len(self._running), max_total_num_tokens=100_000)
                 self._channel.send(state)
+
+    def _send_held(self) -> None:
+        rows, self._held = self._held, []
+        if rows:
+            self._send(rows)
 
     def _send(self, rows: list[RequestOutput]) -> None:
         self._channel.send(StepOutput(rows))

@@ -146,6 +146,39 @@ async def test_request_id_header_is_the_default_rid(start: Start) -> None:
         assert answer.json()["id"] == "mine"
 
 
+async def test_an_id_may_come_again_at_once(start: Start) -> None:
+    """The rank still works on a sequence that a stop string has ended for its client."""
+    async with start(holds_ends=True) as bed:
+        bed.say("One. Two. Three.")
+        bed.rank.credits = 0
+        body = {"text": "Hi", "rid": "again", "sampling_params": {"stop": "Two", "max_new_tokens": 50}}
+        for num_ended in range(3):
+            await bed.until(lambda: len(bed.rank.received_of(Abort)) == num_ended)  # noqa: B023  (called at once)
+            bed.rank.give(len(bed.tokenizer.encode("One. Two")))
+            answer = (await bed.post("/generate", body)).json()
+            assert (answer["text"], answer["meta_info"]["id"]) == ("One. ", "again")
+            assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "Two"}
+        names = [submit.rid for submit in bed.rank.received_of(Submit)]
+        assert names[0] != names[1] != names[2], "the rank tells them apart"
+        first = asyncio.create_task(bed.post("/generate", body))
+        await bed.until(lambda: len(bed.rank.received_of(Submit)) == 4)
+        twin = await bed.post("/generate", body)
+        assert (twin.status_code, twin.json()["error"]["param"]) == (400, "rid")
+        bed.rank.give(50)
+        assert (await first).status_code == 200
+
+
+async def test_a_prefill_worker_takes_an_id_again_while_it_waits_for_the_other_side(start: Start) -> None:
+    async with start("--disaggregation-mode", "prefill") as bed:
+        bed.rank.paused.set()
+        hand_over = {"bootstrap_host": "h", "bootstrap_port": 1}
+        bodies = [{"text": "Hi", "rid": "again", "bootstrap_room": room, **hand_over} for room in (1, 2)]
+        answers = [asyncio.create_task(bed.post("/generate", body)) for body in bodies]
+        await bed.until(lambda: len(bed.rank.received_of(Submit)) == 2)
+        bed.rank.resume()
+        assert [(await answer).json()["meta_info"]["id"] for answer in answers] == ["again", "again"]
+
+
 async def test_deadline_travels_to_the_rank_and_a_bad_one_is_refused(start: Start) -> None:
     async with start() as bed:
         answer = await bed.http.post("/generate", json={"text": "a"}, headers={TIMEOUT_HEADER: "12.5"})

@@ -130,6 +130,18 @@ async def test_completion_stream(start: Start) -> None:
         assert chunks[-1].choices[0].matched_stop == "wor"  # type: ignore[attr-defined]
 
 
+async def test_a_batch_may_bring_an_id_for_each_prompt(start: Start) -> None:
+    """As routers send it: one abort of what the ids have in common ends them all."""
+    async with start() as bed:
+        body = {"model": MODEL, "prompt": ["Hi", "Ho"], "n": 2, "max_tokens": 3, "rid": ["abc_0", "abc_1"]}
+        answer = await bed.post("/v1/completions", body)
+        assert answer.status_code == 200
+        assert answer.json()["id"] == answer.headers["x-request-id"] == "abc"
+        assert [one["index"] for one in answer.json()["choices"]] == [0, 1, 2, 3]
+        rids = [submit.rid for submit in bed.rank.received_of(Submit)]
+        assert rids == ["abc_0_0", "abc_0_1", "abc_1_0", "abc_1_1"]
+
+
 async def test_sampling_defaults_come_from_the_model_and_the_request_wins(start: Start) -> None:
     async with start() as bed:
         bed.ctx.sampling_defaults = {"temperature": 0.6, "top_k": 0, "top_p": 0.9}

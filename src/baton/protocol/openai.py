@@ -68,7 +68,6 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     no_stop_trim: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    rid: str | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
     priority: int | None = None
@@ -94,6 +93,7 @@ class ChatCompletionRequest(_SamplingFields, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    rid: str | None = None
 
 
 class CompletionRequest(_SamplingFields, kw_only=True):
@@ -103,6 +103,8 @@ class CompletionRequest(_SamplingFields, kw_only=True):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
+    rid: str | list[str] | None = None
+    """A list has one id for each prompt."""
     response_format: dict[str, Any] | None = None
 
 

@@ -69,8 +69,10 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
     )
     hop = hop_of(request, raw, prompt.sampling.n)
     submits = submits_of(ctx, [prompt], handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
-    writer = ChatWriter(ctx, body, hop, model, request_id_of(submits))
-    return start_job(ctx, submits, writer, stream_interval=ctx.args.stream_interval if body.stream else None)
+    request_id = request_id_of(submits, body.rid)
+    writer = ChatWriter(ctx, body, hop, model, request_id)
+    stream_interval = ctx.args.stream_interval if body.stream else None
+    return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
 
 def _refuse(body: ChatCompletionRequest) -> None:

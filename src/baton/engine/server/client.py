@@ -9,13 +9,16 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
 
 from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.channel import ServerChannel
 from baton.engine.server.generation import Generation, Job
 from baton.engine.server.metrics import RequestMetrics
-from baton.protocol.errors import BatonError, ErrorInfo, RequestError, Stage, bad_request
+from baton.protocol.errors import WORKER_LOST, BatonError, ErrorInfo, RequestError, Stage, bad_request
 from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
@@ -59,6 +62,11 @@ class EngineClient:
         self._stage: Stage = stage
         self._metrics = metrics
         self._jobs: dict[str, tuple[Generation, Job]] = {}
+        """By the rank's id."""
+        self._rids: Counter[str] = Counter()
+        """Ids that callers know, of the sequences in `_jobs`."""
+        self._leaving: set[str] = set()
+        """The rank's ids of sequences that ended on this side first: their last row is still to come."""
         self._calls: dict[int, tuple[float, asyncio.Future[Reply | SchedulerState]]] = {}
         self._call_ids = itertools.count(1)
         self._ready: asyncio.Future[Ready] | None = None
@@ -86,7 +94,7 @@ class EngineClient:
         return len(self._jobs)
 
     def is_in_flight(self, rid: str) -> bool:
-        return rid in self._jobs
+        return self._rids[rid] > 0
 
     def submit(self, submits: Sequence[Submit | None], *, stream_interval: int | None, is_measured: bool = True) -> Job:
         """Start every sequence of one HTTP request (None: that choice ended before a resume). Metrics leave out what is
@@ -96,14 +104,10 @@ class EngineClient:
         """
         if self.lost_reason is not None:
             raise RequestError(self._lost_error())
-        rids: set[str] = set()
-        for one in submits:
-            if one is not None:
-                if one.rid in self._jobs or one.rid in rids:
-                    raise bad_request(f"Duplicate request ID detected: {one.rid}", "rid")
-                rids.add(one.rid)
+        given = [one for one in submits if one is not None]
+        self._need_new_rids(given)
         generations = [
-            Generation(one, index, self._vocabulary, is_measured=is_measured)
+            Generation(one, index, self._vocabulary, rank_rid=self._rank_rid(one.rid), is_measured=is_measured)
             for index, one in enumerate(submits)
             if one is not None
         ]
@@ -113,18 +117,19 @@ class EngineClient:
             job.deadline = time.monotonic() + min(timeouts) + DEADLINE_GRACE_S
         for generation in generations:
             if generation.finish is None:
-                self._jobs[generation.rid] = (generation, job)
-                self._channel.send(generation.submit)
+                self._jobs[generation.rank_rid] = (generation, job)
+                self._rids[generation.rid] += 1
+                self._channel.send(msgspec.structs.replace(generation.submit, rid=generation.rank_rid))
             else:
                 job.note(generation)
         return job
 
     def abort(self, rid_prefix: str, *, reason: str = "Aborted") -> int:
         """End every sequence whose id starts with `rid_prefix` ("": all) for its user. How many there were."""
-        found = [one for rid, (one, _) in self._jobs.items() if rid.startswith(rid_prefix)]
+        found = [one for one, _ in self._jobs.values() if one.rid.startswith(rid_prefix)]
         for generation in found:
             generation.was_aborted_by_user = True
-            self._channel.send(Abort(generation.rid, reason))
+            self._channel.send(Abort(generation.rank_rid, reason))
         return len(found)
 
     async def state(self, timeout_s: float = CALL_TIMEOUT_S) -> SchedulerState:
@@ -218,16 +223,40 @@ class EngineClient:
             case Fatal():
                 self.fail(message.message)
 
+    def _need_new_rids(self, submits: Sequence[Submit]) -> None:
+        """Raises `RequestError` for an id in use.
+
+        Not against the sequences in flight of a prefill worker: its client is done with an id when the decode worker has
+        answered, and may use it again while this side still waits for the hand-over's acknowledgement.
+        """
+        seen: set[str] = set()
+        for one in submits:
+            if one.rid in seen or (self._stage != "prefill" and self.is_in_flight(one.rid)):
+                raise bad_request(f"Duplicate request ID detected: {one.rid}", "rid")
+            seen.add(one.rid)
+
+    def _rank_rid(self, rid: str) -> str:
+        """`rid`, or another name while the rank still knows an earlier sequence by it: rows are told apart by id."""
+        name = rid
+        while name in self._leaving or name in self._jobs:
+            name = f"{rid}~{next(self._call_ids)}"
+        return name
+
     def _on_step(self, step: StepOutput) -> None:
         for row in step.outputs:
+            if row.rid in self._leaving:
+                if row.finish is not None:
+                    self._leaving.remove(row.rid)
+                continue
             entry = self._jobs.get(row.rid)
             if entry is None:
-                continue  # ended on this side already (stop string, deadline, disconnect)
+                continue
             generation, job = entry
             num_before = generation.completion_tokens
             last_token_at = generation.timings.last_token
             abort = generation.feed(row)
             if abort is not None:
+                self._leaving.add(row.rid)
                 self._channel.send(abort)
             if self._metrics is not None and generation.is_measured:
                 self._metrics.on_tokens(generation, generation.completion_tokens - num_before, last_token_at)
@@ -237,7 +266,8 @@ class EngineClient:
 
     def _abort(self, generation: Generation, reason: str) -> None:
         """End one sequence on this side now; the rank follows."""
-        self._channel.send(Abort(generation.rid, reason))
+        self._leaving.add(generation.rank_rid)
+        self._channel.send(Abort(generation.rank_rid, reason))
         info = ErrorInfo("AbortError", 499, reason, self._stage, generation.rid, retryable=False)
         if reason == "deadline exceeded":
             info = ErrorInfo("TimeoutError", 504, reason, self._stage, generation.rid, retryable=False)
@@ -245,10 +275,14 @@ class EngineClient:
         self._finished(generation)
 
     def _finished(self, generation: Generation) -> None:
-        is_first_end = self._jobs.pop(generation.rid, None) is not None
-        if is_first_end and self._metrics is not None and generation.is_measured:
+        if self._jobs.pop(generation.rank_rid, None) is None:
+            return
+        self._rids[generation.rid] -= 1
+        if not self._rids[generation.rid]:
+            del self._rids[generation.rid]
+        if self._metrics is not None and generation.is_measured:
             self._metrics.on_finish(generation)
 
     def _lost_error(self, rid: str | None = None) -> ErrorInfo:
         message = f"the worker's model process is gone: {self.lost_reason}"
-        return ErrorInfo("ServiceUnavailableError", 503, message, self._stage, rid, retryable=True)
+        return ErrorInfo(WORKER_LOST, 503, message, self._stage, rid, retryable=True)

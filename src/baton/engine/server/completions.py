@@ -77,8 +77,10 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
     if hop.resume is not None and body.logprobs is not None:
         raise bad_request(f"{RESUME_FIELD} cannot be combined with logprobs: their offsets are gone.", RESUME_FIELD)
     submits = submits_of(ctx, prompts, handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
-    writer = CompletionWriter(ctx, body, hop, model, request_id_of(submits))
-    return start_job(ctx, submits, writer, stream_interval=ctx.args.stream_interval if body.stream else None)
+    request_id = request_id_of(submits, body.rid)
+    writer = CompletionWriter(ctx, body, hop, model, request_id)
+    stream_interval = ctx.args.stream_interval if body.stream else None
+    return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
 
 async def _input_ids(ctx: ServerContext, body: CompletionRequest) -> list[list[int]]:

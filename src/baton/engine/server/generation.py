@@ -40,8 +40,18 @@ class Generation:
     `num_resumed` of them and their text.
     """
 
-    def __init__(self, submit: Submit, index: int, vocabulary: Vocabulary | None, *, is_measured: bool = True) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        index: int,
+        vocabulary: Vocabulary | None,
+        *,
+        rank_rid: str | None = None,
+        is_measured: bool = True,
+    ) -> None:
         self.is_measured = is_measured
+        self.rank_rid = rank_rid or submit.rid
+        """What the rank calls this sequence."""
         self.submit = submit
         self.index = index
         self.token_ids: list[int] = []
@@ -126,7 +136,7 @@ class Generation:
             if self._text is not None and self._text.push(token_id):
                 matched = self._text.matched_stop
                 self._end(Finish("stop", matched))
-                return None if finish is not None else Abort(self.rid, "stop string", matched_stop=matched)
+                return None if finish is not None else Abort(self.rank_rid, "stop string", matched_stop=matched)
         if finish is not None:
             if self._text is not None:
                 self._text.flush()

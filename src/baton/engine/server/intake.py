@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any, TypeVar
 
 import msgspec
@@ -195,8 +196,10 @@ def submits_of(
     return submits
 
 
-def request_id_of(submits: Sequence[Submit | None]) -> str:
-    """The request's own id: its sequence's, or what several have in common."""
+def request_id_of(submits: Sequence[Submit | None], given: str | list[str] | None) -> str:
+    """The request's own id: its sequence's, or what several have in common. `given`: the body's `rid`."""
+    if isinstance(given, list) and len(given) > 1 and (common := commonprefix(given).rstrip("_")):  # noqa: RUF071  (no paths)
+        return common
     rid = next((one.rid for one in submits if one is not None), "")
     return rid if len(submits) == 1 else rid.rpartition("_")[0]
 

@@ -8,7 +8,18 @@ from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
 from baton.engine.server.generation import Generation, Job
-from baton.engine.server.intake import Handover, Hop, Prompt, convert, hop_of, join_keys, parse, read_object, submits_of
+from baton.engine.server.intake import (
+    Handover,
+    Hop,
+    Prompt,
+    convert,
+    hop_of,
+    join_keys,
+    parse,
+    read_object,
+    request_id_of,
+    submits_of,
+)
 from baton.engine.server.start import start_job
 from baton.protocol.errors import bad_request
 from baton.protocol.generate import (
@@ -36,7 +47,10 @@ async def generate(ctx: ServerContext, request: Request) -> Response:
     handover = Handover(body.bootstrap_host, body.bootstrap_port, body.bootstrap_room)
     submits = submits_of(ctx, prompts, handover, hop, rid=body.rid, priority=body.priority or 0)
     writer = GenerateWriter(ctx, body, hop, is_list=is_batch or len(submits) > 1)
-    return start_job(ctx, submits, writer, stream_interval=stream_interval if body.stream else None)
+    request_id = request_id_of(submits, body.rid)
+    return start_job(
+        ctx, submits, writer, request_id=request_id, stream_interval=stream_interval if body.stream else None
+    )
 
 
 async def _prompts(ctx: ServerContext, body: GenerateRequest) -> tuple[list[Prompt], bool, int]:

@@ -8,7 +8,6 @@ from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
 from baton.engine.server.generation import Job
-from baton.engine.server.intake import request_id_of
 from baton.engine.server.respond import JobResponse, Writer
 from baton.protocol.rank import Submit
 
@@ -19,11 +18,15 @@ LOGGED_CHARS = 2048
 
 
 def start_job(
-    ctx: ServerContext, submits: Sequence[Submit | None], writer: Writer, *, stream_interval: int | None
+    ctx: ServerContext,
+    submits: Sequence[Submit | None],
+    writer: Writer,
+    *,
+    request_id: str,
+    stream_interval: int | None,
 ) -> Response:
     """Submit what has not finished (None: it has) and answer with `writer`. `stream_interval` None: one document."""
     job = ctx.client.submit(submits, stream_interval=stream_interval)
-    request_id = request_id_of(submits)
     if not ctx.args.log_requests:
         return JobResponse(job, writer, request_id=request_id, stage=ctx.stage)
     for one in submits:
