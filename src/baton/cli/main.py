@@ -44,12 +44,14 @@ def version() -> None:
 
 
 def register_cluster_commands() -> None:
-    """The commands of the embedded cluster, whose imports cost a worker's start a quarter of a second."""
+    """The commands of clusters, whose imports would cost a worker's start a quarter of a second."""
+    from baton.cli import operator as operator_command
     from baton.cli import up as up_command
 
     app.command("up")(up_command.up)
     app.command("down")(up_command.down)
     app.command("env")(up_command.env)
+    app.command("operator")(operator_command.operator)
 
 
 def main() -> None:
