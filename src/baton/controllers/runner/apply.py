@@ -17,7 +17,7 @@ from baton.cluster_client import AlreadyExists, Cache, Change, Client, Conflict,
 from baton.cluster_client.errors import ApiError
 from baton.controllers.plan import Action, Bind, Create, Delete, Patch, controller_of
 
-_PARALLEL_CREATES = 8
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,12 @@ class Applier:
         self._caches = caches
 
     async def apply(self, actions: Sequence[Action]) -> list[Failure]:
-        """Carry out in order; neighbouring creations of pods go in parallel, since they do not depend on each other."""
+        """Carry out in order; neighbouring creations and bindings of pods, which do not depend on each other, go
+        in parallel."""
         failures: list[Failure] = []
         for parallel, group in groupby(actions, key=_may_be_parallel):
             batch = list(group)
-            size = _PARALLEL_CREATES if parallel else 1
+            size = _AT_ONCE if parallel else 1
             for start in range(0, len(batch), size):
                 results = await asyncio.gather(*(self._one(action) for action in batch[start : start + size]))
                 failures += [failure for failure in results if failure is not None]
@@ -134,4 +135,4 @@ class Applier:
 
 
 def _may_be_parallel(action: Action) -> bool:
-    return isinstance(action, Create) and action.resource == PODS
+    return isinstance(action, Bind) or (isinstance(action, Create) and action.resource == PODS)
