@@ -76,7 +76,7 @@ new_role = st.fixed_dictionaries(
         "customComponentsPattern": st.fixed_dictionaries({}, optional={"components": components, "restartPolicyConfig": config}),
     },
 )  # fmt: skip
-annotations = st.dictionaries(
+group_annotations = st.dictionaries(
     st.sampled_from(["x", labels.EXCLUSIVE_TOPOLOGY, labels.OLD_EXCLUSIVE_TOPOLOGY, labels.KEPT_COORDINATION]),
     st.sampled_from(["kubernetes.io/hostname", "{broken", "[]"]),
     min_size=1,
@@ -104,7 +104,7 @@ def groups(
             "status": {"pods": "1/1"},
         }
 
-    meta = st.fixed_dictionaries({}, optional={"annotations": annotations})
+    meta: st.SearchStrategy[Object] = st.fixed_dictionaries({}, optional={"annotations": group_annotations})
     return st.tuples(st.lists(role, max_size=3), st.fixed_dictionaries({}, optional=rest), meta).map(build)
 
 

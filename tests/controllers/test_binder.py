@@ -39,7 +39,8 @@ def settled(*objects: Object, default: Any = None) -> KubeWorld:
 def bound_to(world: KubeWorld, name: str = "c") -> str | None:
     found = world.get(PERSISTENT_VOLUME_CLAIMS, name, "default")
     assert found is not None
-    return found["spec"].get("volumeName")
+    name_or_none: str | None = found["spec"].get("volumeName")
+    return name_or_none
 
 
 def test_the_smallest_fitting_volume_is_taken_and_both_sides_know() -> None:

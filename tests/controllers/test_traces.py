@@ -101,7 +101,7 @@ class Player:
     def status(self) -> Object:
         found = self.world.get(self.resource, self.name, "default")
         assert found is not None
-        status = copy.deepcopy(found["status"])
+        status: Object = copy.deepcopy(found["status"])
         for entry in status.get("conditions") or []:
             status[entry["type"]] = entry["status"]
         for entry in status.get("roleStatuses") or []:
