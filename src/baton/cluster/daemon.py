@@ -39,6 +39,7 @@ from baton.controllers.runner import Runner, builtin_controllers, our_controller
 
 logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
+_GROUPS = "rolebasedgroups.workloads.x-k8s.io"
 CANNOT_START = "cannot start: "
 """How the last log line begins when a start was refused."""
 
@@ -106,7 +107,8 @@ class Daemon:
                 store,
                 agent.connector,
                 token=self._config.settings.token,
-                conversions={"rolebasedgroups.workloads.x-k8s.io": convert},
+                conversions={_GROUPS: convert},
+                validators={_GROUPS: api.validate},
                 service_network=f"127.{slots.addresses.octet}.224.0/19",
             )
             serving = await serve(server, HOST, port)

@@ -79,7 +79,7 @@ def purge(home: ClusterHome) -> None:
     slots = SlotStore(home.root)
     for slot in list(slots.existing()):
         slots.remove(slot)
-    for directory in (slots.root, home.volumes, home.directory):
+    for directory in (slots.shm_root, slots.root, home.volumes, home.directory):
         shutil.rmtree(directory, ignore_errors=True)
 
 
