@@ -30,6 +30,7 @@ class KubeWorld:
         self.log: list[str] = []
         self.notes: list[tuple[str, Note]] = []
         self._uids = itertools.count(1)
+        self.requeue_s: float | None = None
         self.after_action: Callable[[], None] = lambda: None
 
     # World
@@ -145,10 +146,13 @@ class KubeWorld:
     def reconcile(self) -> bool:
         """One pass of every controller over every key; True when anything was planned."""
         busy = False
+        self.requeue_s = None
         for controller in self.controllers:
             for key in self.keys(controller):
                 plan, primary = self.plan(controller, key)
                 busy |= not plan.is_empty
+                if plan.requeue_after_s is not None:
+                    self.requeue_s = min(plan.requeue_after_s, self.requeue_s or plan.requeue_after_s)
                 self.apply(controller, key, plan, primary)
         return busy
 
@@ -203,13 +207,13 @@ class KubeWorld:
         self.set_status(pod, {**pod["status"], "conditions": [condition]})
 
     def settle(self, max_rounds: int = 200) -> None:
-        """Controllers and kubelet in turn until nothing moves."""
+        """Controllers and kubelet in turn until nothing moves and nothing waits for time to pass."""
         for _ in range(max_rounds):
             moved = self.reconcile()
             moved |= self.run_pods()
-            if not moved:
+            if not moved and self.requeue_s is None:
                 return
-            self.now += timedelta(seconds=1)
+            self.now += timedelta(seconds=self.requeue_s if not moved and self.requeue_s else 1)
         raise AssertionError(f"no rest after {max_rounds} rounds; last: {self.log[-5:]}")
 
     def pod_names(self, namespace: str = "default") -> list[str]:
