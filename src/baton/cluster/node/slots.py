@@ -157,13 +157,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all, on disk when this returns."""
+    """Whole or not at all for whoever reads it, also when this process is killed. Not forced to disk: what these files tell
+    of are processes, which a power failure ends too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     with os.fdopen(descriptor, "w") as file:
         json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
     Path(part).rename(path)
 
 
