@@ -38,6 +38,18 @@ class Process:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(10)
 
+    def rank_pid(self) -> int:
+        """The process beside the HTTP process that runs the model."""
+        pid = self.popen.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ranks = [int(one) for one in children if b"baton.engine.rank" in Path(f"/proc/{one}/cmdline").read_bytes()]
+        assert len(ranks) == 1, f"{self.name} has ranks {ranks}"
+        return ranks[0]
+
+    def signal(self, number: int) -> None:
+        """To the whole worker."""
+        os.killpg(self.popen.pid, number)
+
     def stop(self) -> None:
         if self.popen.poll() is None:
             self.popen.terminate()
@@ -91,6 +103,14 @@ class Service:
             )
         self.processes[name] = Process(name, f"http://127.0.0.1:{port}", popen, log)
         return self.processes[name]
+
+    def restart(self, name: str) -> Process:
+        """The same command on the same ports, as a supervisor does it. The old process must have ended or be ending."""
+        old = self.processes[name]
+        old.popen.wait(15)
+        old.kill()
+        arguments = list(old.popen.args)[3:-4]  # type: ignore[arg-type]
+        return self.start(name, [str(one) for one in arguments], int(old.url.rsplit(":", 1)[1]))
 
     def worker(self, name: str, mode: str = "null", *flags: str) -> Process:
         arguments = ["engine", "--model-path", str(self.model), "--enable-metrics", "--enable-cache-report"]

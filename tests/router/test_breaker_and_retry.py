@@ -136,3 +136,38 @@ def test_stale_connections_cost_no_retry_but_are_bounded():
     state, off = RetryState(), RetryConfig(max_retries=0)
     stale = Failure("stale", "decode", "u", "")
     assert [next_try_s(stale, state, off, RNG) for _ in range(4)] == [0.0, 0.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        status(503, type="WorkerLostError", stage="prefill", retryable=True),
+        status(500, type="TransferError", stage="transfer", retryable=True),
+        status(504, type="TransferTimeout", stage="transfer", retryable=True),
+    ],
+    ids=["rank gone", "peer gone", "peer silent"],
+)
+def test_a_request_whose_worker_said_that_it_or_its_peer_is_gone_waits_for_another(failure: Failure):
+    state = RetryState()
+    state.note(failure)
+    assert state.lost_worker, "from now on only the deadline ends the search"
+    assert next_try_s(failure, state, RETRY, RNG) is not None
+    for _ in range(20):
+        refused = Failure("connect", "decode", "u", "")
+        state.note(refused)
+        assert next_try_s(refused, state, RETRY, RNG) is not None
+
+
+def test_a_full_queue_or_a_bad_request_is_not_a_lost_worker():
+    for failure in (status(503, type="ServiceUnavailableError", retryable=True), status(400, stage="transfer")):
+        state = RetryState()
+        state.note(failure)
+        assert not state.lost_worker
+
+
+def test_a_rank_that_ended_is_not_a_full_queue():
+    state = RetryState()
+    gone = status(503, type="WorkerLostError", retryable=True)
+    assert not gone.is_busy
+    state.note(gone)
+    assert next_try_s(gone, state, RETRY, RNG) == 0.0

@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+WORKER_LOST = "WorkerLostError"
+"""`ErrorInfo.type` of requests whose worker lost its model process: the worker ends, another may take its place."""
 Stage = Literal["router", "server", "prefill", "transfer", "decode", "store"]
 
 

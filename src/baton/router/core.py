@@ -107,8 +107,10 @@ class Core:
             return
         if blamed:
             worker.breaker.on_failure(self.loop.time())
-        if failure.kind in ("lost", "stale"):
+        if failure.kind == "stale" or failure.is_worker_lost:
             self.wake(worker)
+        if failure.is_peer_lost and failure.peer_url and (peer := self.registry.find(failure.peer_url)) is not None:
+            self.wake(peer)
 
     def on_exchange_end(self, exchange: "Exchange", request: "Request", status: int, streamed: bool) -> None:
         duration_s = self.loop.time() - request.received_s

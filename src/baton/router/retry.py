@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, NamedTuple
 
+from baton.protocol.errors import WORKER_LOST
 from baton.router.config import RetryConfig
 
 Kind = Literal["connect", "stale", "lost", "status", "event"]
@@ -40,7 +41,17 @@ class Failure:
 
     @property
     def is_busy(self) -> bool:
-        return self.answer is not None and self.answer.status in BUSY_STATUSES
+        return self.answer is not None and self.answer.status in BUSY_STATUSES and not self.is_worker_lost
+
+    @property
+    def is_worker_lost(self) -> bool:
+        """The worker that had the request is gone: it closed in mid-answer, or said that its model process ended."""
+        return self.kind == "lost" or self.info.get("type") == WORKER_LOST
+
+    @property
+    def is_peer_lost(self) -> bool:
+        """The KV did not come across: the worker that tells may be well, its peer may be gone."""
+        return self.info.get("stage") == "transfer" and self.can_retry
 
     @property
     def can_retry(self) -> bool:
@@ -93,7 +104,7 @@ class RetryState:
         self.tried.add(failure.url)
         if failure.peer_url and failure.info.get("stage") in ("prefill", "transfer"):
             self.tried.add(failure.peer_url)  # a decode worker tells of its prefill's failure
-        if failure.kind == "lost" or (failure.kind == "connect" and self.stale):
+        if failure.is_worker_lost or failure.is_peer_lost or (failure.kind == "connect" and self.stale):
             # A connection that closed under the request, and then nobody there: the worker may well have had it.
             self.lost_worker = True
         elif failure.kind == "connect":
@@ -120,6 +131,6 @@ def next_try_s(failure: Failure, state: RetryState, config: RetryConfig, rng: Ra
     if state.retries >= config.max_retries:
         return None
     state.retries += 1
-    if state.retries == 1 and failure.kind in ("connect", "lost", "stale"):
+    if state.retries == 1 and (failure.kind in ("connect", "stale") or failure.is_worker_lost):
         return 0.0  # another worker can have it at once
     return backoff_s(state.retries - 1, config, rng)
