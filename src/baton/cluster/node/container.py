@@ -139,7 +139,7 @@ class Container:
             if self._record.definition != definition_of(self.spec):
                 self._around.event("Normal", "Killing", f"Container {self.name} definition changed, will be restarted")
                 self._restart_at_once = True
-                self.stop(_grace_s(context.pod))
+                self.stop(lifecycle.grace_s(context.pod))
             return None
         return await self._after_end(self.process.exit, context)
 
@@ -255,7 +255,7 @@ class Container:
         problem = await lifecycle.run(self.spec, "postStart", self._target(), lifecycle.POST_START_TIMEOUT_S)
         if problem is not None:
             self._around.event("Warning", "FailedPostStartHook", f"PostStartHook failed: {problem}")
-            self.stop(_grace_s(context.pod))
+            self.stop(lifecycle.grace_s(context.pod))
 
     def _cannot_start(self, reason: str, message: str) -> None:
         if self._waiting != (reason, message):
@@ -395,11 +395,6 @@ class Container:
 
 def _without_empty(**values: str) -> dict[str, str]:
     return {key: value for key, value in values.items() if value}
-
-
-def _grace_s(pod: Object) -> float:
-    value = pod["spec"].get("terminationGracePeriodSeconds")
-    return 30.0 if value is None else float(value)
 
 
 def _empty(directory: Path) -> None:

@@ -14,6 +14,7 @@ import signal
 import struct
 import termios
 from collections.abc import AsyncIterator
+from functools import partial
 
 from baton.cluster.node.supervised import Launch
 
@@ -43,8 +44,8 @@ class ProcessSession:
         ours, theirs = pty.openpty()
         try:
             process = await asyncio.create_subprocess_exec(
-                *launch.argv, env={"TERM": "xterm", **launch.env}, cwd=launch.cwd, start_new_session=True,
-                stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=_take_terminal,
+                *launch.argv, env={"TERM": "xterm", **launch.env}, cwd=launch.cwd,
+                stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=partial(_take_terminal, theirs),
             )  # fmt: skip
         except OSError:
             os.close(ours)
@@ -157,6 +158,10 @@ class AttachSession:
         self._ended.set()
 
 
-def _take_terminal() -> None:
-    """In the child: the pseudo-terminal becomes its controlling one, so that Ctrl-C reaches it."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def _take_terminal(terminal: int) -> None:
+    """In the child: a session of its own whose controlling terminal is `terminal`, so that Ctrl-C reaches it.
+
+    By number and not as standard input, and with the session made here: uvloop calls this before it does either.
+    """
+    os.setsid()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)

@@ -1,4 +1,4 @@
-"""postStart and preStop hooks of a container: exec, httpGet, sleep. tcpSocket, long deprecated, is refused by name."""
+"""postStart and preStop hooks of a container (exec, httpGet, sleep; tcpSocket is refused by name), and the time to end in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from baton.cluster.node.probes import ProbeTarget
 HOOKS = {"postStart": "PostStartHook", "preStop": "PreStopHook"}
 POST_START_TIMEOUT_S = 300.0
 """A kubelet waits for ever; here a hook that hangs becomes a failed one."""
+
+
+def grace_s(pod: Object) -> float:
+    """terminationGracePeriodSeconds, with Kubernetes' default."""
+    value = pod["spec"].get("terminationGracePeriodSeconds")
+    return 30.0 if value is None else float(value)
 
 
 def check(container: Object, where: str) -> None:

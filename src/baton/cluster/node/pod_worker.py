@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from baton.cluster.node import status, volumes
+from baton.cluster.node import lifecycle, status, volumes
 from baton.cluster.node.backoff import Backoff
 from baton.cluster.node.container import Container, EventType, Surroundings
 from baton.cluster.node.images import Catalogue
@@ -233,14 +233,14 @@ class PodWorker:
         if all(container.is_done for container in self._main):
             for container in self._init:
                 container.policy = "Never"  # sidecars end with the pod
-                container.stop(self._grace_s())
+                container.stop(lifecycle.grace_s(self.pod))
         return _soonest(delays)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     async def _terminate(self) -> float | None:
         grace_s = self.pod["metadata"].get("deletionGracePeriodSeconds")
-        await self._finish(self._grace_s() if grace_s is None else float(grace_s), report=True)
+        await self._finish(lifecycle.grace_s(self.pod) if grace_s is None else float(grace_s), report=True)
         return _FINISHED
 
     async def _finish(self, grace_s: float, *, report: bool = False) -> None:
@@ -280,10 +280,6 @@ class PodWorker:
                 for container in running:
                     container.stop(grace_s)
         await ends
-
-    def _grace_s(self) -> float:
-        value = self.pod["spec"].get("terminationGracePeriodSeconds")
-        return 30.0 if value is None else float(value)
 
     # -- telling -------------------------------------------------------------------------------------------------
 
