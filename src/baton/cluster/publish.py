@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from baton.api.resources import SERVICES, Object, key_of
 from baton.cluster.home import HomeError
 from baton.cluster.manifests import Manifest
+from baton.cluster.services.proxy import Frontend, Proxy
 from baton.cluster_client import Cache, Client, ClientError, EventRecorder
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ PUBLISHED = "baton.dev/published"
 """Annotation that tells where, `127.0.0.1:PORT` of each port, comma between. Written by `Publisher` alone."""
 HOST = "127.0.0.1"
 RETRY_S = 2.0
-_CHUNK = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,7 @@ class Publisher:
         self._services.subscribe(lambda _: self._changed.set())
         self._changed = asyncio.Event()
         self._events = EventRecorder(client, "baton-publisher")
-        self._open: dict[Route, asyncio.Server] = {}
-        self._connections: dict[Route, set[asyncio.Task[None]]] = {}
+        self._open: dict[Route, Proxy] = {}
         self._refused: set[tuple[str, Route]] = set()
 
     async def run(self) -> None:
@@ -94,8 +93,7 @@ class Publisher:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._changed.wait(), None if complete else RETRY_S)
             finally:
-                for route in list(self._open):
-                    self._close(route)
+                await asyncio.gather(*(proxy.stop() for proxy in self._open.values()))
 
     async def _reconcile(self) -> bool:
         """Listeners and annotations as the Services want them; False when something is to be tried again."""
@@ -103,7 +101,7 @@ class Publisher:
         services = {key_of(one): one for one in self._services.list()}
         wanted = {key: routes(one) for key, one in services.items()}
         for route in set(self._open) - {route for many in wanted.values() for route in many}:
-            self._close(route)
+            await self._open.pop(route).stop()
         for key, many in wanted.items():
             opened = [route for route in many if await self._listen(key, services[key], route)]
             complete &= len(opened) == len(many)
@@ -117,35 +115,18 @@ class Publisher:
     async def _listen(self, key: str, service: Object, route: Route) -> bool:
         if route in self._open:
             return True
+        proxy = Proxy(Frontend(HOST, route.port))
         try:
-            # Only what is free now: SO_REUSEADDR lets a fresh daemon take over a port whose old connections linger.
-            server = await asyncio.start_server(
-                lambda r, w: self._serve(r, w, route), HOST, route.port, reuse_address=True
-            )
+            await proxy.start()
         except OSError as error:
             if (key, route) not in self._refused:
                 self._refused.add((key, route))
                 await self._events.record(service, "Warning", "PortNotPublished", refusal(service, route, error))
             return False
-        self._open[route] = server
+        proxy.set_backends(((route.address, route.target),))
+        self._open[route] = proxy
         self._refused.discard((key, route))
         return True
-
-    def _close(self, route: Route) -> None:
-        server = self._open.pop(route)
-        server.close()
-        for task in self._connections.pop(route, set()):
-            task.cancel()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        mine = self._connections.setdefault(route, set())
-        mine.add(task)
-        try:
-            await relay(reader, writer, route)
-        finally:
-            mine.discard(task)
 
     async def _tell(self, service: Object, opened: list[Route]) -> None:
         metadata, namespace = service["metadata"], service["metadata"]["namespace"]
@@ -167,29 +148,3 @@ def refusal(service: Object, route: Route, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {route.port} on {HOST} is in use by another program; {choose}"
     return f"port {route.port} on {HOST}: {error.strerror}; {choose}"
-
-
-async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route) -> None:
-    """One connection, both ways, each direction closed as its sender closes it."""
-    try:
-        there_reader, there_writer = await asyncio.open_connection(route.address, route.target)
-    except OSError:
-        writer.transport.abort()  # a reset, as a client sees it from a Service without endpoints
-        return
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(_copy(reader, there_writer))
-            group.create_task(_copy(there_reader, writer))
-    except* OSError:
-        pass
-    finally:
-        writer.transport.abort() if writer.is_closing() else writer.close()
-        there_writer.close()
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(_CHUNK):
-        writer.write(data)
-        await writer.drain()
-    if writer.can_write_eof():
-        writer.write_eof()
