@@ -79,11 +79,13 @@ def crd() -> JSON:
 
 
 def to_version(obj: JSON, api_version: str) -> JSON:
-    """v1alpha1 calls the crew `sailors`."""
+    """v1alpha1 calls the crew `sailors`, and has a note by default."""
     spec = dict(obj.get("spec") or {})
     old, new = ("crew", "sailors") if api_version.endswith("v1alpha1") else ("sailors", "crew")
     if old in spec:
         spec[new] = spec.pop(old)
+    if new == "crew":
+        spec.setdefault("note", "old boat")
     return {**obj, "apiVersion": api_version, "spec": spec}
 
 
@@ -211,6 +213,18 @@ def test_versions_are_one_object(cluster: Cluster) -> None:
     assert found["metadata"]["uid"] == answer.json["metadata"]["uid"]
     stream = cluster.watch(f"{old}?watch=true&fieldSelector=metadata.name%3Dtwice")
     assert stream.next()["object"]["spec"]["sailors"] == 8
+
+
+def test_what_conversion_fills_in_is_no_change(cluster: Cluster) -> None:
+    old = BOATS.replace("/v1/", "/v1alpha1/")
+    body = {"apiVersion": "harbour.io/v1alpha1", "kind": "Boat", "metadata": {"name": "noted"}, "spec": {"sailors": 2}}
+    made = cluster.http("POST", old, body).json
+    assert made["spec"]["note"] == "old boat"
+    again = cluster.http(
+        "PATCH", f"{old}/noted", {"spec": {"note": None}}, content_type="application/merge-patch+json"
+    ).json
+    assert again["spec"]["note"] == "old boat"
+    assert again["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
 
 
 def test_apply_on_a_custom_resource(cluster: Cluster) -> None:

@@ -160,7 +160,7 @@ class Operations:
         new = change(old)
         check_place(target, new)
         new = self._conform(target, new, options, name=target.name, known=self._known(target, old))
-        new = self._merge_parts(target, new, old)
+        new = self._merge_parts(target, _as_stored(target, new), old)
         self._check_update(target, new, old, options)
         manager = Manager(options.manager, operation, version.api_version, target.subresource)
         new["metadata"]["managedFields"] = ownership.track_update(resource, version, old, new, manager)
@@ -191,7 +191,7 @@ class Operations:
         new = self._conform(
             target, new, WriteOptions(validation="Ignore"), name=target.name, known=self._known(target, old)
         )
-        new = self._merge_parts(target, new, old)
+        new = self._merge_parts(target, _as_stored(target, new), old)
         fields = ownership.settle_conflicts(resource, version, old, new, applied, manager, force=options.force)
         self._check_update(target, new, old, options)
         new["metadata"]["managedFields"] = fields
@@ -360,3 +360,11 @@ class Operations:
         if complete and resource.builtin and version.group == resource.group:
             defaults.apply_defaults(resource.kind, out)
         return out
+
+
+def _as_stored(target: Target, obj: JSON) -> JSON:
+    """What storage gives back for a custom object: what another version leaves out and conversion fills in is no change."""
+    resource = target.resource
+    if resource.builtin or target.version is resource.storage:
+        return obj
+    return resource.convert(resource.convert(obj, resource.storage), target.version)
