@@ -1,8 +1,14 @@
 """The embedded cluster as its users see it: `baton up`, a real kubectl, and a client that streams through everything."""
 
+import contextlib
+import json
+import threading
+import urllib.parse
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import pytest
+import yaml
 from tests.e2e.cluster_bed import Cluster, Traffic, cluster, kill, pids_with, until
 from tests.e2e.service import free_port
 
@@ -14,7 +20,9 @@ PREFILL = "/spec/roles/1"
 
 def patch(one: Cluster, *operations: str) -> None:
     # v1alpha1 as the example is written; the short name would mean v1alpha2, where templates sit elsewhere
-    one.kubectl("patch", "rolebasedgroups.v1alpha1.workloads.x-k8s.io", "pd", "--type=json", "-p", f"[{','.join(operations)}]")
+    one.kubectl(
+        "patch", "rolebasedgroups.v1alpha1.workloads.x-k8s.io", "pd", "--type=json", "-p", f"[{','.join(operations)}]"
+    )
 
 
 def container_of(one: Cluster, pod: str) -> dict[str, object]:
@@ -63,6 +71,40 @@ def test_the_whole_story_with_kubectl_while_a_client_streams(demo_model: Path, t
             stop_clients_at = len(traffic.texts)
         assert traffic.check(0) >= stop_clients_at
         delete_everything(one)
+
+
+def test_no_acknowledged_write_is_lost_when_the_daemon_is_killed(tmp_path: Path) -> None:
+    with cluster(tmp_path / "home") as one:
+        kept: set[str] = set()
+        for life in range(3):
+            one.baton("up", "--no-wait")
+            one.use_env()
+            killer = threading.Timer(0.5 + 0.2 * life, kill, [one.daemon_pid])
+            killer.start()
+            with contextlib.suppress(OSError, HTTPException):
+                for number in range(100_000):
+                    name = f"life-{life}-{number}"
+                    create_config_map(one, name)
+                    kept.add(name)
+            killer.join()
+        one.baton("up", "--no-wait")
+        found = {item["metadata"]["name"] for item in one.get("configmaps")["items"]}
+        assert len(kept) > 50, "the test has written something"
+        assert kept <= found, sorted(kept - found)[:5]
+
+
+def create_config_map(one: Cluster, name: str) -> None:
+    """Returns when the API server has acknowledged it; raises when no answer comes."""
+    config = yaml.safe_load(Path(one.environment["KUBECONFIG"]).read_text())
+    url = urllib.parse.urlsplit(config["clusters"][0]["cluster"]["server"])
+    connection = HTTPConnection(str(url.hostname), url.port, timeout=5)
+    try:
+        body = json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}})
+        path = f"{url.path}/api/v1/namespaces/default/configmaps"
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        assert connection.getresponse().status == 201
+    finally:
+        connection.close()
 
 
 def create_and_look(one: Cluster, port: int) -> None:
