@@ -36,6 +36,10 @@ def group(roles: dict[str, int], told: list[Object] | None = None) -> Object:
     }
 
 
+TRACEBACK = {
+    "exitCode": 1,
+    "message": '  File "/x/server.py", line 9, in bind\n    self.bind()\nOSError: [Errno 98] Address already in use\n',
+}
 PROBED = {"containers": [{"name": "c", "readinessProbe": {"tcpSocket": {"port": 8000}}}]}
 
 
@@ -64,6 +68,11 @@ PROBED = {"containers": [{"name": "c", "readinessProbe": {"tcpSocket": {"port": 
             pod("p", container({"waiting": {"reason": "CrashLoopBackOff"}}, 3, {"terminated": {"exitCode": 2}})),
             "stuck",
             "c exits with code 2, 3 restarts; see `kubectl logs p --previous`",
+        ),
+        (
+            pod("p", container({"waiting": {"reason": "CrashLoopBackOff"}}, 3, {"terminated": TRACEBACK})),
+            "stuck",
+            "c exits with code 1 (OSError: [Errno 98] Address already in use), 3 restarts; see `kubectl logs p --previous`",
         ),
         (
             pod("p", container({"waiting": {"reason": "CreateContainerConfigError", "message": "no secret"}})),

@@ -137,7 +137,7 @@ def _explain_container(container: Object, pod: str) -> tuple[State, str] | None:
     name = container["name"]
     if ended and (reason == "CrashLoopBackOff" or "waiting" not in state):
         stuck = restarts >= STUCK_RESTARTS
-        message = f" ({_one_line(ended['message'])})" if ended.get("message") else ""
+        message = f" ({_last_words(ended['message'])})" if ended.get("message") else ""
         times = f"{restarts} restart{'s' if restarts != 1 else ''}"
         text = f"{name} exits with code {ended.get('exitCode')}{message}, {times}; see `kubectl logs {pod} --previous`"
         return "stuck" if stuck else "waiting", text
@@ -289,6 +289,13 @@ def _is_ready(pod: Object) -> bool:
 
 def _count(pods: Sequence[Object], wanted: int) -> str:
     return f"{sum(map(_is_ready, pods))}/{wanted}"
+
+
+def _last_words(message: Any) -> str:
+    """A program's last lines on one; of a Python traceback only the exception, which is its last."""
+    lines = str(message).strip().splitlines()
+    is_traceback = any(line.lstrip().startswith(('File "', "Traceback ")) for line in lines)
+    return _one_line(lines[-1] if is_traceback else message)
 
 
 def _one_line(text: Any) -> str:
