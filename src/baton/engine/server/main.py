@@ -28,6 +28,7 @@ from baton.engine.server.app import build_app
 from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient, RankLostError
 from baton.engine.server.context import ServerContext, stage_of
+from baton.engine.server.edge import LimitedHttpProtocol
 from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
 from baton.protocol.pod import listen_host
@@ -106,7 +107,7 @@ class HttpServer(uvicorn.Server):
 
 def http_server(app: ASGIApp, args: EngineArgs, *, access_log: bool) -> HttpServer:
     config = uvicorn.Config(
-        app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
+        app, loop="none", http=LimitedHttpProtocol, ws="none", lifespan="off", log_config=None,
         log_level=args.log_level_http or args.log_level, access_log=access_log, server_header=False, proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
     )  # fmt: skip
