@@ -227,6 +227,11 @@ def test_what_conversion_fills_in_is_no_change(cluster: Cluster) -> None:
     assert again["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
 
 
+def test_a_custom_body_names_its_type(cluster: Cluster) -> None:
+    answer = cluster.http("POST", BOATS, {"metadata": {"name": "untyped"}, "spec": {"crew": 1}})
+    assert (answer.code, "couldn't get version/kind" in answer.json["message"]) == (400, True)
+
+
 def test_apply_on_a_custom_resource(cluster: Cluster) -> None:
     manifest = as_yaml(boat("applied", berths=[{"id": "a"}]))
     cluster.kubectl("apply", "-f", "-", stdin=manifest)

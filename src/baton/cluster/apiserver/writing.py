@@ -56,24 +56,31 @@ async def body_object(request: Request) -> JSON:
 async def create(request: Request, target: Target, operations: Operations) -> None:
     if target.name:
         raise method_not_allowed()
-    obj = await body_object(request)
-    _need_type(obj, target)
+    obj = _typed(await body_object(request), target)
     await answer(request, target, 201, await operations.create(target, obj, write_options(request)))
 
 
 async def replace_object(request: Request, target: Target, operations: Operations) -> None:
-    obj = await body_object(request)
-    _need_type(obj, target)
+    obj = _typed(await body_object(request), target)
     await answer(request, target, 200, await operations.update(target, lambda _: obj, write_options(request)))
+
+
+def _typed(obj: JSON, target: Target) -> JSON:
+    """The body with its type, which that of a built-in object may leave to the URL (typed client libraries do)."""
+    if target.resource.builtin:
+        named = {key: obj[key] for key in ("apiVersion", "kind") if obj.get(key)}
+        return {**obj, "apiVersion": target.version.api_version, "kind": target.resource.kind, **named}
+    _need_type(obj, target)
+    return obj
 
 
 def _need_type(obj: JSON, target: Target) -> None:
     """A body without type is refused as Kubernetes refuses it."""
     if not obj.get("kind") or not obj.get("apiVersion"):
-        missing = "kind" if not obj.get("kind") else "apiVersion"
+        missing = "Kind" if not obj.get("kind") else "apiVersion"
         raise bad_request(
             f"the object provided is unrecognized (must be of type {target.resource.kind}): couldn't get version/kind; "
-            f"json parse error: Object '{missing.capitalize() if missing == 'kind' else missing}' is missing"
+            f"json parse error: Object '{missing}' is missing"
         )
 
 
