@@ -213,9 +213,9 @@ async def test_a_client_library_that_is_not_ours(cluster: Cluster) -> None:
 
 def test_a_built_in_body_may_leave_its_type_to_the_url(cluster: Cluster) -> None:
     """As typed client libraries send it."""
-    made = cluster.http("POST", f"{NS}/configmaps", {"metadata": {"name": "untyped"}, "data": {"a": "1"}})
+    made = cluster.http("POST", f"{NS}/configmaps", {"metadata": {"name": "plain"}, "data": {"a": "1"}})
     assert (made.code, made.json["kind"], made.json["apiVersion"]) == (201, "ConfigMap", "v1")
-    put = cluster.http("PUT", f"{NS}/configmaps/untyped", {"metadata": {"name": "untyped"}, "data": {"a": "2"}})
+    put = cluster.http("PUT", f"{NS}/configmaps/plain", {"metadata": {"name": "plain"}, "data": {"a": "2"}})
     assert (put.code, put.json["data"]) == (200, {"a": "2"})
 
 
