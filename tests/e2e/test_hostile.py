@@ -106,21 +106,20 @@ def ended(connection: socket.socket) -> bool:
     return True
 
 
-@pytest.mark.parametrize("what", GARBAGE)
-def test_strangers_on_the_transfer_port_are_shown_the_door(pair: Service, what: str) -> None:
+def test_strangers_on_the_transfer_port_are_shown_the_door(pair: Service) -> None:
     address = transfer_port(pair)
     with contextlib.ExitStack() as stack:
-        strangers = [send_all(address, GARBAGE[what], stack) for _ in range(20)]
+        strangers = [(what, send_all(address, payload, stack)) for what, payload in GARBAGE.items() for _ in range(20)]
         served(pair, 10)
-        assert all(ended(stranger) for stranger in strangers)
+        for what, stranger in strangers:
+            assert ended(stranger), what
     served(pair, 10)
 
 
-@pytest.mark.parametrize("what", ["noise", "length of 4 GiB", "nothing", "half a frame"])
-def test_strangers_on_the_bootstrap_port(pair: Service, what: str) -> None:
+def test_strangers_on_the_bootstrap_port(pair: Service) -> None:
     with contextlib.ExitStack() as stack:
-        for _ in range(20):
-            send_all(bootstrap_port(pair), GARBAGE[what], stack)
+        for payload in GARBAGE.values():
+            send_all(bootstrap_port(pair), payload, stack)
         big = b"PUT /route HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n" + b"x" * 200_000
         assert b" 413 " in send_all(bootstrap_port(pair), big, stack).recv(1000)
         registration = b'{"role": "Prefill", "rank_ip": 7}'
