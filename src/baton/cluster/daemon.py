@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -28,7 +29,7 @@ from baton.api.resources import CUSTOM_RESOURCE_DEFINITIONS
 from baton.cluster import dataplane
 from baton.cluster.apiserver import ApiServer, Serving, Store, kubeconfig, serve
 from baton.cluster.claims import default_source
-from baton.cluster.home import ClusterHome, DaemonRecord, HomeError, Settings, write_private
+from baton.cluster.home import HOST, ClusterHome, DaemonRecord, HomeError, Settings, write_private
 from baton.cluster.logfmt import configure_logging
 from baton.cluster.node.agent import NodeAgent, NodeConfig
 from baton.cluster.node.isolation import IsolationError
@@ -38,8 +39,8 @@ from baton.cluster_client import Client
 from baton.controllers.runner import Runner, builtin_controllers, our_controllers
 
 logger = logging.getLogger(__name__)
-HOST = "127.0.0.1"
 _GROUPS = "rolebasedgroups.workloads.x-k8s.io"
+DATAPLANE_TIMEOUT_S = 15.0
 CANNOT_START = "cannot start: "
 """How the last log line begins when a start was refused."""
 
@@ -129,10 +130,12 @@ class Daemon:
             parts = [group.create_task(self._controllers(client).run(), name="controllers")]
             if self._config.with_node:
                 parts.append(group.create_task(agent.run(), name="node agent"))
+                listening = asyncio.Event()
+                parts.append(group.create_task(dataplane.keep(self._home, listening), name="data plane"))
                 await first_of(agent.ready, self._stop, *parts)
+                with contextlib.suppress(TimeoutError):  # late listeners are told by their Services
+                    await asyncio.wait_for(first_of(listening, self._stop, *parts), DATAPLANE_TIMEOUT_S)
             self._announce(serving, agent)
-            if self._config.with_node:
-                parts.append(group.create_task(dataplane.keep(self._home), name="data plane"))
             await first_of(self._stop, *parts)
             logger.info("stopping")
             for part in parts:
@@ -191,9 +194,11 @@ async def first_of(*waited: asyncio.Event | asyncio.Task[None]) -> None:
     """Return when one of the events is set; raise when one of the tasks failed or ended, which none should."""
     events = [asyncio.ensure_future(one.wait()) for one in waited if isinstance(one, asyncio.Event)]
     tasks = [one for one in waited if isinstance(one, asyncio.Task)]
-    done, _ = await asyncio.wait({*events, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-    for event in events:
-        event.cancel()
+    try:
+        done, _ = await asyncio.wait({*events, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for event in events:
+            event.cancel()
     for task in tasks:
         if task in done:
             task.result()

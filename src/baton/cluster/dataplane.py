@@ -20,7 +20,7 @@ from pathlib import Path
 
 import uvloop
 
-from baton.cluster.home import ClusterHome, DaemonRecord, HomeError
+from baton.cluster.home import HOST, ClusterHome, HomeError, Settings
 from baton.cluster.logfmt import configure_logging
 from baton.cluster.publish import Publisher
 from baton.cluster.services.agent import ServiceAgent
@@ -29,11 +29,15 @@ from baton.cluster_client import Client
 logger = logging.getLogger(__name__)
 ROLE = "dataplane"
 CHECK_S = 1.0
+START_CHECK_S = 0.05
 STOP_TIMEOUT_S = 10.0
 
 
-async def keep(home: ClusterHome) -> None:
-    """In the daemon: have a data plane at all times, the one that runs or a new one. Until cancelled; it runs on then."""
+async def keep(home: ClusterHome, ready: asyncio.Event) -> None:
+    """In the daemon: have a data plane at all times, the one that runs or a new one. Until cancelled; it runs on then.
+
+    `ready` is set once its listeners are as the Services want them.
+    """
     process: subprocess.Popen[bytes] | None = None
     while True:
         if process is not None and process.poll() is not None:
@@ -41,7 +45,9 @@ async def keep(home: ClusterHome) -> None:
             process = None
         if process is None and not home.is_held(ROLE):
             process = _spawn(home)
-        await asyncio.sleep(CHECK_S)
+        if not ready.is_set() and home.is_held(ROLE) and _text(_ready_file(home)) == _text(_pid_file(home)):
+            ready.set()
+        await asyncio.sleep(CHECK_S if ready.is_set() else START_CHECK_S)
 
 
 def stop(home: ClusterHome) -> int | None:
@@ -78,36 +84,50 @@ def _pid_file(home: ClusterHome) -> Path:
     return home.directory / "dataplane.pid"
 
 
+def _ready_file(home: ClusterHome) -> Path:
+    """Holds the pid of the data plane that is ready."""
+    return home.directory / "dataplane.ready"
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text() if file.exists() else None
+
+
 async def run(home: ClusterHome) -> None:
     """Until a signal, or until the cluster has another address (the daemon then starts another data plane)."""
     stop_asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop_asked.set)
-    record = DaemonRecord.read(home)
-    if record is None:
-        return  # the daemon has died since; the next one starts another data plane
+    settings = Settings.read(home)
+    config = settings.client_config(f"http://{HOST}:{settings.api_port}")
     async with (
-        Client(record.client_config(home), user_agent="baton-dataplane", field_manager="baton") as client,
+        Client(config, user_agent="baton-dataplane", field_manager="baton") as client,
         asyncio.TaskGroup() as group,
     ):
+        publisher = Publisher(client)
         parts = [
             group.create_task(ServiceAgent(client).run(), name="service proxy"),
-            group.create_task(Publisher(client).run(), name="publisher"),
-            group.create_task(_address_changes(home, record.server), name="address"),
+            group.create_task(publisher.run(), name="publisher"),
+            group.create_task(_tell_ready(home, publisher), name="ready"),
         ]
-        asked = group.create_task(stop_asked.wait(), name="stop")
-        await asyncio.wait((asked, parts[-1]), return_when=asyncio.FIRST_COMPLETED)
-        for part in (*parts, asked):
-            part.cancel()
+        ends = [
+            group.create_task(stop_asked.wait(), name="stop"),
+            group.create_task(_address_changes(home, settings), name="address"),
+        ]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*parts, *ends):
+            task.cancel()
     logger.info("stopped")
 
 
-async def _address_changes(home: ClusterHome, server: str) -> None:
+async def _tell_ready(home: ClusterHome, publisher: Publisher) -> None:
+    await publisher.ready.wait()
+    _ready_file(home).write_text(str(os.getpid()))
+
+
+async def _address_changes(home: ClusterHome, settings: Settings) -> None:
     """Return when the cluster has another address, or is gone with its directory."""
-    while home.settings_file.exists():
-        record = DaemonRecord.read(home)
-        if record is not None and record.server != server:
-            return
+    while home.settings_file.exists() and Settings.read(home).api_port == settings.api_port:  # noqa: ASYNC110  (a file has no event)
         await asyncio.sleep(CHECK_S)
 
 

@@ -20,6 +20,8 @@ from typing import Any
 from baton.cluster_client import ClusterConfig
 from baton.cluster_client.credentials import StaticToken
 
+HOST = "127.0.0.1"
+"""Where the API server and what is published listen."""
 ISOLATIONS = ("auto", "bubblewrap", "plain")
 
 

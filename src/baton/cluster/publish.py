@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baton.api.resources import SERVICES, Object, key_of
-from baton.cluster.home import HomeError
+from baton.cluster.home import HOST, HomeError
 from baton.cluster.manifests import Manifest
 from baton.cluster.services.proxy import Frontend, Proxy
 from baton.cluster_client import Cache, Client, ClientError, EventRecorder
@@ -26,7 +26,6 @@ WANTED = "baton.dev/publish-port"
 """Annotation that asks for a port, as text."""
 PUBLISHED = "baton.dev/published"
 """Annotation that tells where, `127.0.0.1:PORT` of each port, comma between. Written by `Publisher` alone."""
-HOST = "127.0.0.1"
 RETRY_S = 2.0
 
 
@@ -75,6 +74,8 @@ class Publisher:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self.ready = asyncio.Event()
+        """Set after the first round: what could be published is."""
         self._services = Cache(client, SERVICES)
         self._services.subscribe(lambda _: self._changed.set())
         self._changed = asyncio.Event()
@@ -90,6 +91,7 @@ class Publisher:
                 while True:
                     self._changed.clear()
                     complete = await self._reconcile()
+                    self.ready.set()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._changed.wait(), None if complete else RETRY_S)
             finally:
