@@ -100,6 +100,17 @@ async def test_the_same_event_is_counted_not_repeated(client: Client) -> None:
     assert (found["x"]["type"], found["x"]["reason"], found["x"]["source"]["component"]) == ("Warning", "Odd", "test")
 
 
+async def test_events_of_one_second_keep_their_order_by_name(client: Client) -> None:
+    about = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default", "uid": "u-order"}}
+    ticks = (datetime(2026, 1, 1, 0, 0, 0, micro, tzinfo=UTC) for micro in range(1, 9))
+    recorder = EventRecorder(client, "test", now=lambda: next(ticks))
+    told = ["Scheduled", "Pulled", "Created", "Started"]
+    for reason in told:
+        await recorder.record(about, "Normal", reason, "as it came")
+    found = [e for e in (await client.list(EVENTS, "default")).items if e["involvedObject"].get("uid") == "u-order"]
+    assert [e["reason"] for e in sorted(found, key=lambda e: e["metadata"]["name"])] == told
+
+
 async def test_an_event_that_cannot_be_written_fails_nobody(caplog: pytest.LogCaptureFixture) -> None:
     async with Client(ClusterConfig("http://127.0.0.1:9")) as nowhere:
         about = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default"}}

@@ -40,20 +40,21 @@ class EventRecorder:
         self._component = component
         self._host = host
         self._now = now
-        self._born = now().timestamp()
-        # name of an event object -> how often it happened; bounded, oldest forgotten first
-        self._counts: OrderedDict[str, int] = OrderedDict()
+        # what is told -> the name of its event object and how often it happened; bounded, oldest forgotten first
+        self._told: OrderedDict[str, tuple[str, int]] = OrderedDict()
 
     async def record(self, about: Object, kind: EventType, reason: str, message: str) -> None:
         """Write (or count up) an event about an object; waits for the server, swallows its refusal into the log."""
-        event = self._event(about, kind, reason, message)
+        at = self._now()
+        key = "\0".join((str(about["metadata"].get("uid")), kind, reason, message))
+        name, count = self._told.get(key) or (self._name(about, key, at), 0)
+        count += 1
+        self._told[key] = (name, count)
+        self._told.move_to_end(key)
+        while len(self._told) > _NUM_REMEMBERED:
+            self._told.popitem(last=False)
+        event = self._event(about, kind, reason, message, name, at)
         namespace = event["metadata"]["namespace"]
-        name = event["metadata"]["name"]
-        count = self._counts.get(name, 0) + 1
-        self._counts[name] = count
-        self._counts.move_to_end(name)
-        while len(self._counts) > _NUM_REMEMBERED:
-            self._counts.popitem(last=False)
         try:
             if count > 1:
                 patch = {"count": count, "lastTimestamp": event["lastTimestamp"]}
@@ -61,12 +62,17 @@ class EventRecorder:
                     await self._client.patch(EVENTS, name, namespace, patch, kind="merge")
                     return
                 except NotFound:  # expired on the server: write it afresh
-                    self._counts[name] = 1
+                    self._told[key] = (name, 1)
             await self._client.create(EVENTS, event, namespace)
         except ClientError as error:
             log.warning("event not written", extra={"reason": reason, "event_message": message, "error": str(error)})
 
-    def _event(self, about: Object, kind: EventType, reason: str, message: str) -> Object:
+    def _name(self, about: Object, key: str, at: datetime) -> str:
+        """Time first: `kubectl describe` keeps the order of names for events of one second."""
+        who = hashlib.sha256(f"{key}\0{self._component}\0{self._host}".encode()).hexdigest()[:6]
+        return f"{about['metadata']['name'][:200]}.{int(at.timestamp() * 1e6):x}{who}"
+
+    def _event(self, about: Object, kind: EventType, reason: str, message: str, name: str, at: datetime) -> Object:
         meta = about["metadata"]
         reference = {
             "apiVersion": about.get("apiVersion"),
@@ -77,14 +83,10 @@ class EventRecorder:
         }
         if meta.get("namespace"):
             reference["namespace"] = meta["namespace"]
-        at = self._now()
-        key = "\0".join((str(meta.get("uid")), kind, reason, message, self._component, self._host))
-        # The start time keeps a restarted recorder from colliding with the names of its former self.
-        stamp = hashlib.sha256(f"{key}\0{self._born}".encode()).hexdigest()[:16]
         return {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"name": f"{meta['name'][:200]}.{stamp}", "namespace": meta.get("namespace") or "default"},
+            "metadata": {"name": name, "namespace": meta.get("namespace") or "default"},
             "involvedObject": {name: value for name, value in reference.items() if value},
             "type": kind,
             "reason": reason,
