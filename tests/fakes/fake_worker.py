@@ -108,6 +108,8 @@ class FakeWorker:
     """`role`: prefill, decode or regular. Start with `await start()`, end with `stop()` or die with `kill()`."""
 
     def __init__(self, role: str, fabric: Fabric | None = None, *, sends_token_ids: bool = True) -> None:
+        self.key: str | None = None
+        """The `authorization` that everything but /health needs."""
         self.role = role
         self.fabric = fabric or Fabric()
         self.sends_token_ids = sends_token_ids
@@ -216,6 +218,9 @@ class _Connection(asyncio.Protocol):
         path = request.url.decode()
         worker = self.worker
         worker.calls[path] += 1
+        if worker.key is not None and path != "/health" and request.headers.get("authorization") != worker.key:
+            self.reply(401, b'{"error":"Unauthorized"}')
+            return
         if worker.frozen:
             await asyncio.Event().wait()
         if path in ("/generate", "/v1/chat/completions", "/v1/completions"):

@@ -189,6 +189,25 @@ async def test_an_api_key_guards_all_but_probes_and_goes_to_the_workers():
         assert b.decode[0].seen[0].headers["authorization"] == "Bearer k"
 
 
+async def test_a_client_brings_the_workers_key_where_the_router_has_none():
+    async with bed() as b:
+        for worker in b.workers:
+            worker.key = "Bearer w"
+        with_key = {"authorization": "Bearer w"}
+        for method, path, body in (
+            ("GET", "/v1/models", None),
+            ("GET", "/get_model_info", None),
+            ("GET", "/health_generate", None),
+            ("POST", "/flush_cache", {}),
+            ("POST", "/abort_request", {"rid": "r"}),
+            ("POST", "/v1/completions", BODY),
+        ):
+            assert (await b.ask(path, body, method=method)).status == 401, path
+            assert (await b.ask(path, body, with_key, method)).status == 200, path
+        info = await b.ask("/get_server_info", None, with_key, "GET")
+        assert info.json["internal_states"] == [{"port": worker.port} for worker in b.decode]
+
+
 async def test_stopping_lets_requests_end():
     async with bed(shutdown_grace_s=10.0) as b:
         b.decode[0].gate = asyncio.Event()

@@ -11,6 +11,8 @@ import msgspec
 
 WORKER_LOST = "WorkerLostError"
 """`ErrorInfo.type` of requests whose worker lost its model process: the worker ends, another may take its place."""
+ABORTED_CODE = 499
+"""The client left, or asked for the end (nginx's code; HTTP has none)."""
 Stage = Literal["router", "server", "prefill", "transfer", "decode", "store"]
 
 

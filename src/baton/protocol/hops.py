@@ -1,4 +1,5 @@
-"""What our router and our workers add to SGLang's HTTP protocol: request ids, deadlines, and stream migration.
+"""What our router and our workers add to SGLang's HTTP protocol: request ids, deadlines, typed
+errors, and stream migration.
 
 Migration. A router that can continue a broken stream asks for token ids with the `TOKEN_IDS_HEADER`; the worker then puts
 one SSE comment line before each `data:` line of a stream: `: tokens INDEX ID,ID,...` (INDEX is the choice; the ids are
@@ -13,6 +14,9 @@ REQUEST_ID_HEADER = "x-request-id"
 TIMEOUT_HEADER = "x-baton-timeout-s"
 """Seconds left of the request's one deadline, as a decimal number."""
 TOKEN_IDS_HEADER = "x-baton-token-ids"
+STAGE_HEADER = "x-baton-error-stage"
+RETRYABLE_HEADER = "x-baton-retryable"
+"""On a worker's error answers, "1" or "0": `ErrorInfo.stage` and `.retryable`, for which OpenAI's error bodies have no room."""
 RESUME_FIELD = "baton_resume"
 TOKENS_COMMENT = b": tokens "
 

@@ -12,6 +12,9 @@ import msgspec
 from baton.protocol.errors import ErrorInfo
 from baton.protocol.sampling import SamplingParams
 
+FAKE_BOOTSTRAP_HOST = "2.2.2.2"
+"""SGLang's address of nobody, of warm-up and health requests: such a request is served locally, without a hand-over."""
+
 
 class Bootstrap(msgspec.Struct, frozen=True):
     """Where prefill and decode of one request meet (SGLang's bootstrap_host, bootstrap_port, bootstrap_room)."""

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from baton.protocol.hops import RETRYABLE_HEADER, STAGE_HEADER
 from baton.router.errors import error_of
 from baton.router.httpbytes import header
 from baton.router.logprobs import StreamMerger, merge_answers
@@ -19,9 +20,8 @@ from baton.router.workers import Worker
 
 STREAMED: Final = "streamed"
 Outcome = Answer | Failure | str
-STAGE_HEADER: Final = b"x-baton-error-stage"
-RETRYABLE_HEADER: Final = b"x-baton-retryable"
-"""Our workers' typed errors on routes whose bodies have no room for it (the OpenAI ones)."""
+_STAGE_HEADER: Final = STAGE_HEADER.encode()
+_RETRYABLE_HEADER: Final = RETRYABLE_HEADER.encode()
 PREFILL_TAIL_S = 30.0
 """How long a prefill worker may take to end its answer once decode has ended its own."""
 
@@ -64,9 +64,9 @@ class Side:
         failure = self.failure("status", f"{self.worker.role} worker {self.worker.url} answered {self.status}")
         failure.answer = Answer(self.status, self.headers, body)
         failure.info = error_of(body) or {}
-        if stage := header(self.headers, STAGE_HEADER):
+        if stage := header(self.headers, _STAGE_HEADER):
             failure.info["stage"] = stage.decode("latin-1")
-        if retryable := header(self.headers, RETRYABLE_HEADER):
+        if retryable := header(self.headers, _RETRYABLE_HEADER):
             failure.info["retryable"] = retryable == b"1"
         return failure
 

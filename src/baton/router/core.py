@@ -124,12 +124,27 @@ class Core:
 
     # Calls of the router's own
 
-    async def call(self, worker: Worker, method: bytes, path: bytes, timeout_s: float, body: bytes = b"") -> Answer:
-        """One small request to a worker. Raises OSError (with ConnectionError) or TimeoutError."""
+    def authorization_for(self, client: "Request") -> bytes:
+        """The header line that workers get with what this client asked for: its own key, or else the router's."""
+        given = client.headers.get(b"authorization")
+        return self.authorization if given is None else b"authorization: %b\r\n" % given
+
+    async def call(
+        self,
+        worker: Worker,
+        method: bytes,
+        path: bytes,
+        timeout_s: float,
+        body: bytes = b"",
+        authorization: bytes | None = None,
+    ) -> Answer:
+        """One small request to a worker, with the router's own key unless `authorization` (a header line) is given.
+        Raises OSError (with ConnectionError) or TimeoutError."""
         async with asyncio.timeout(timeout_s):
             connection = worker.pool.get_idle() or await worker.pool.connect()
             collector = Collector(CALL_LIMIT_BYTES)
-            head = worker.head(method + b" " + path) + self.authorization
+            head = worker.head(method + b" " + path)
+            head += self.authorization if authorization is None else authorization
             if body:
                 head += b"content-type: application/json\r\n"
             if body or method == b"POST":
@@ -141,19 +156,19 @@ class Core:
                 connection.close()
                 raise
 
-    def abort(self, worker: Worker, rid: str | list[str]) -> None:
+    def abort(self, worker: Worker, rid: str | list[str], authorization: bytes) -> None:
         """Tell a worker, without waiting, that a request is given up. A batch's ids are sent one by one."""
         self.metrics.aborts += 1
-        task = self.loop.create_task(self._abort(worker, rid), name=f"abort at {worker.url}")
+        task = self.loop.create_task(self._abort(worker, rid, authorization), name=f"abort at {worker.url}")
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
-    async def _abort(self, worker: Worker, rid: str | list[str]) -> None:
+    async def _abort(self, worker: Worker, rid: str | list[str], authorization: bytes) -> None:
         for one in [rid] if isinstance(rid, str) else rid:
             # A worker that is gone holds nothing to abort; its health is checked elsewhere.
             with contextlib.suppress(OSError, TimeoutError):
                 body = msgspec.json.encode({"rid": one, "abort_all": False})
-                await self.call(worker, b"POST", b"/abort_request", ABORT_TIMEOUT_S, body)
+                await self.call(worker, b"POST", b"/abort_request", ABORT_TIMEOUT_S, body, authorization)
 
     async def settle_calls(self) -> None:
         """Wait for aborts on their way (at shutdown)."""
@@ -166,13 +181,19 @@ class Core:
             await asyncio.wait(late)
 
     async def fan_out(
-        self, method: bytes, path: bytes, timeout_s: float, body: bytes = b"", workers: list[Worker] | None = None
+        self,
+        method: bytes,
+        path: bytes,
+        timeout_s: float,
+        body: bytes = b"",
+        workers: list[Worker] | None = None,
+        authorization: bytes | None = None,
     ) -> dict[str, Answer | str]:
         """The same call to every worker: url -> its answer, or why there is none."""
 
         async def one(worker: Worker) -> Answer | str:
             try:
-                return await self.call(worker, method, path, timeout_s, body)
+                return await self.call(worker, method, path, timeout_s, body, authorization)
             except TimeoutError:
                 return f"no answer within {timeout_s:g} s"
             except OSError as error:

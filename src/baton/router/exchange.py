@@ -9,7 +9,7 @@ import asyncio
 import logging
 from typing import Literal
 
-from baton.protocol.errors import ErrorInfo, RequestError, Stage
+from baton.protocol.errors import ABORTED_CODE, ErrorInfo, RequestError, Stage
 from baton.protocol.hops import TIMEOUT_HEADER, TOKEN_IDS_HEADER
 from baton.router import body as bodies
 from baton.router.attempt import Attempt
@@ -210,7 +210,10 @@ class Exchange:
                 self._relay.next_worker(tag)
         self._tries += 1
         merges = is_pd and self._view.wants_logprobs and self._request.path == b"/generate"
-        return Attempt(self._loop, self, rid, self._relay, merges, self._core.abort)
+        return Attempt(self._loop, self, rid, self._relay, merges, self._abort)
+
+    def _abort(self, worker: Worker, rid: str | list[str]) -> None:
+        self._core.abort(worker, rid, self._core.authorization_for(self._request))
 
     def _body_for(self, prefill: Worker | None) -> bytes:
         attempt = self._attempt
@@ -359,12 +362,12 @@ class Exchange:
         if self._attempt is not None and self._attempt.is_unfinished:
             stage = "prefill" if self._attempt.waiting_for() == "prefill" else "decode"
         if self._ended_by == "client":
-            self.status = 499
+            self.status = ABORTED_CODE
         elif self._ended_by == "deadline":
             message = f"The request did not end within its deadline; it was waiting for {stage} ({self.pair})."
             self._answer_error(router_error(504, message, kind="deadline_exceeded", stage=stage).info)
         elif self._ended_by == "abort":
-            self._answer_error(router_error(499, "The request was aborted.", kind="aborted", stage=stage).info)
+            self._answer_error(router_error(ABORTED_CODE, "The request was aborted.", kind="aborted", stage=stage).info)
         else:
             message = "The router is shutting down."
             self._answer_error(router_error(503, message, kind="shutting_down", retryable=True).info)

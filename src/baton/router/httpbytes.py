@@ -2,6 +2,8 @@
 
 from http import HTTPStatus
 
+from baton.protocol.hops import REQUEST_ID_HEADER, TIMEOUT_HEADER, TOKEN_IDS_HEADER
+
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 _HOP_BY_HOP = frozenset(
     (
@@ -10,7 +12,7 @@ _HOP_BY_HOP = frozenset(
     )
 )  # fmt: skip
 _FORWARDED = (b"authorization", b"accept", b"traceparent", b"tracestate", b"accept-language", b"user-agent")
-_OWN = frozenset((b"x-request-id", b"x-baton-timeout-s", b"x-baton-token-ids"))
+_OWN = frozenset(name.encode() for name in (REQUEST_ID_HEADER, TIMEOUT_HEADER, TOKEN_IDS_HEADER))
 JSON_TYPE = b"content-type: application/json\r\n"
 TEXT_TYPE = b"content-type: text/plain; charset=utf-8\r\n"
 

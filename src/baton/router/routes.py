@@ -66,6 +66,10 @@ def _parse(request: Request, kind: type[T]) -> T:
         raise router_error(400, f"Bad request body: {error}.") from None
 
 
+def _key(router: "Router", request: Request) -> bytes:
+    return router.core.authorization_for(request)
+
+
 async def health(router: "Router", request: Request) -> Reply:
     """200 as long as the router runs; whether it can serve is `/readiness`."""
     return Reply(200, b"OK", TEXT_TYPE)
@@ -84,12 +88,16 @@ async def readiness(router: "Router", request: Request) -> Reply:
 
 async def health_generate(router: "Router", request: Request) -> Reply:
     """200 when every worker generates; else 503 with what each said."""
-    answers = await router.core.fan_out(b"GET", b"/health_generate", FAN_OUT_TIMEOUT_S)
+    answers = await router.core.fan_out(
+        b"GET", b"/health_generate", FAN_OUT_TIMEOUT_S, authorization=_key(router, request)
+    )
     return _summary(answers, b"OK")
 
 
 async def flush_cache(router: "Router", request: Request) -> Reply:
-    answers = await router.core.fan_out(b"POST", b"/flush_cache", FAN_OUT_TIMEOUT_S)
+    answers = await router.core.fan_out(
+        b"POST", b"/flush_cache", FAN_OUT_TIMEOUT_S, authorization=_key(router, request)
+    )
     text = (
         b"Cache flushed.\nPlease check backend logs for more details. "
         b"(When there are running or waiting requests, the operation will not be performed.)\n"
@@ -121,7 +129,9 @@ async def abort_request(router: "Router", request: Request) -> Reply:
     for exchange in list(router.core.exchanges):
         if wanted.abort_all or exchange.rid_starts_with(wanted.rid):
             exchange.abort()
-    answers = await router.core.fan_out(b"POST", b"/abort_request", FAN_OUT_TIMEOUT_S, request.body)
+    answers = await router.core.fan_out(
+        b"POST", b"/abort_request", FAN_OUT_TIMEOUT_S, request.body, authorization=_key(router, request)
+    )
     return _summary(answers, b"")
 
 
@@ -132,7 +142,9 @@ async def from_first(router: "Router", request: Request) -> Reply:
         if not worker.is_available:
             continue
         try:
-            answer = await router.core.call(worker, b"GET", request.path, FAN_OUT_TIMEOUT_S)
+            answer = await router.core.call(
+                worker, b"GET", request.path, FAN_OUT_TIMEOUT_S, authorization=_key(router, request)
+            )
         except (OSError, TimeoutError) as error:
             reasons.append(f"{worker.url}: {str(error) or 'no answer in time'}")
             continue
@@ -145,7 +157,9 @@ async def from_first(router: "Router", request: Request) -> Reply:
 async def server_info(router: "Router", request: Request) -> Reply:
     """mini_lb's shape: the decode workers' internal states, and every worker's whole answer."""
     registry = router.core.registry
-    answers = await router.core.fan_out(b"GET", b"/get_server_info", FAN_OUT_TIMEOUT_S)
+    answers = await router.core.fan_out(
+        b"GET", b"/get_server_info", FAN_OUT_TIMEOUT_S, authorization=_key(router, request)
+    )
     infos: dict[str, list[Any]] = {role: [] for role in registry.by_role}
     for role, workers in registry.by_role.items():
         for worker in workers:

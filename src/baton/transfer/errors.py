@@ -3,7 +3,7 @@
 Stage is always "transfer". `retryable` means: the same request may succeed on another pair, or a moment later.
 """
 
-from baton.protocol.errors import BatonError, ErrorInfo, RequestError
+from baton.protocol.errors import ABORTED_CODE, BatonError, ErrorInfo, RequestError
 
 
 class TransferError(BatonError):
@@ -21,7 +21,7 @@ def timed_out(message: str) -> ErrorInfo:
 
 def aborted(reason: str) -> ErrorInfo:
     """Our own side gave the room up."""
-    return ErrorInfo("Aborted", 499, reason, stage="transfer")
+    return ErrorInfo("Aborted", ABORTED_CODE, reason, stage="transfer")
 
 
 def peer_aborted(side: str, reason: str) -> ErrorInfo:

@@ -6,15 +6,13 @@ request owns.
 
 from dataclasses import dataclass
 
-from baton.engine.scheduler.config import SchedulerConfig
+from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
 from baton.engine.scheduler.decode_batch import DecodeBatch
 from baton.engine.scheduler.request import Request
 from baton.engine.scheduler.retraction import NewTokenRatio
 from baton.engine.scheduler.waiting import MAX_BYPASSED, WaitingQueue
 from baton.kvcache.prefix_cache import PrefixCache
 
-CLIP_MAX_NEW_TOKENS = 4096
-"""No more than this is reserved for one request's output, whatever it asks for (SGLang's estimate)."""
 MAX_MISFITS = 16
 """Requests that do not fit before a round gives up looking for one that does."""
 RETRY_STEPS = 16

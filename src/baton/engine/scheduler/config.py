@@ -6,6 +6,8 @@ from typing import Literal, get_args
 Mode = Literal["null", "prefill", "decode"]
 Policy = Literal["fcfs", "lpm", "random", "lof"]
 
+CLIP_MAX_NEW_TOKENS = 4096
+"""No more than this is reserved for one request's output, whatever it asks for (SGLang's estimate)."""
 KNOWN_BUT_UNSUPPORTED_POLICIES = ("dfs-weight", "priority")
 
 

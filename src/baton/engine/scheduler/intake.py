@@ -10,10 +10,7 @@ import msgspec
 from baton.engine.scheduler.config import Mode, SchedulerConfig
 from baton.engine.scheduler.request import Request, Status
 from baton.protocol.errors import ErrorInfo, RequestError, Stage
-from baton.protocol.rank import Finish, Submit
-
-FAKE_BOOTSTRAP_HOST = "2.2.2.2"
-"""SGLang's name for "no peer": warm-up and health requests of PD workers carry it. Such a request is served locally."""
+from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Finish, Submit
 
 STAGE_OF_MODE: dict[Mode, Stage] = {"null": "server", "prefill": "prefill", "decode": "decode"}
 

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from baton.engine.scheduler.config import SchedulerConfig
+from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
 from baton.engine.scheduler.counters import Counters
 from baton.engine.scheduler.request import Request, Status
 from baton.kvcache.prefix_cache import PrefixCache
 from baton.protocol.rank import TokenLogprobs
 from baton.transfer.base import FirstToken
-
-CLIP_MAX_NEW_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,21 +17,18 @@ import msgspec
 
 from baton.engine.batch import ForwardBatch, ForwardOutput
 from baton.engine.scheduler import pd
-from baton.engine.scheduler.admission import CLIP_MAX_NEW_TOKENS, Admission, Chunk
+from baton.engine.scheduler.admission import Admission, Chunk
 from baton.engine.scheduler.assemble import StepPlan, assemble
 from baton.engine.scheduler.audit import audit
-from baton.engine.scheduler.config import SchedulerConfig
+from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
 from baton.engine.scheduler.intake import STAGE_OF_MODE, build_request, finish_of, refusal, stage_of, with_request_id
 from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Request, Status
 from baton.engine.scheduler.snapshot import snapshot
 from baton.kvcache.prefix_cache import PrefixCache
-from baton.protocol.errors import ErrorInfo, RequestError
+from baton.protocol.errors import ABORTED_CODE, ErrorInfo, RequestError
 from baton.protocol.rank import Finish, RequestOutput, SchedulerState, Submit, TokenLogprobs
 from baton.transfer.base import Bootstrapped, Event, Failed, Received, Sent
-
-ABORT_CODE = 499
-"""Client closed the request (nginx's code; HTTP has none)."""
 
 
 class Scheduler:
@@ -86,7 +83,7 @@ class Scheduler:
         if matched_stop is not None:
             self._at.end(req, Finish("stop", matched=matched_stop))
             return
-        self._end_with(req, ErrorInfo("AbortError", ABORT_CODE, reason, stage_of(req, self.config.mode), rid))
+        self._end_with(req, ErrorInfo("AbortError", ABORTED_CODE, reason, stage_of(req, self.config.mode), rid))
 
     def on_transfer_event(self, event: Event, now: float) -> None:
         """What a transfer's `poll` returned. Events of rooms that are not open are ignored."""

@@ -19,11 +19,9 @@ from baton.engine.server.openai_common import check_model
 from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.generate import AbortRequest
 from baton.protocol.openai import ModelCard, ModelList
-from baton.protocol.rank import Bootstrap, SchedulerState, Submit
+from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Bootstrap, SchedulerState, Submit
 from baton.protocol.sampling import SamplingParams
 
-FAKE_BOOTSTRAP_HOST = "2.2.2.2"
-"""SGLang's address of nobody: a hand-over to it succeeds at once, with no KV (warm-up and health checks)."""
 HEALTH_WAIT_S = 1.0
 """How long /health waits for a busy rank before it answers from what it knows."""
 SNAPSHOT_TIMEOUT_S = 2.0

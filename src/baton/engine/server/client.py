@@ -18,7 +18,7 @@ from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.channel import ServerChannel
 from baton.engine.server.generation import Generation, Job
 from baton.engine.server.metrics import RequestMetrics
-from baton.protocol.errors import WORKER_LOST, BatonError, ErrorInfo, RequestError, Stage, bad_request
+from baton.protocol.errors import ABORTED_CODE, WORKER_LOST, BatonError, ErrorInfo, RequestError, Stage, bad_request
 from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
@@ -268,7 +268,7 @@ class EngineClient:
         """End one sequence on this side now; the rank follows."""
         self._leaving.add(generation.rank_rid)
         self._channel.send(Abort(generation.rank_rid, reason))
-        info = ErrorInfo("AbortError", 499, reason, self._stage, generation.rid, retryable=False)
+        info = ErrorInfo("AbortError", ABORTED_CODE, reason, self._stage, generation.rid, retryable=False)
         if reason == "deadline exceeded":
             info = ErrorInfo("TimeoutError", 504, reason, self._stage, generation.rid, retryable=False)
         generation.end(Finish("abort", error=info))

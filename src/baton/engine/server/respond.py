@@ -16,13 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from baton.engine.server.generation import Generation, Job
 from baton.protocol.errors import ErrorInfo, Stage
-from baton.protocol.hops import REQUEST_ID_HEADER
+from baton.protocol.hops import REQUEST_ID_HEADER, RETRYABLE_HEADER, STAGE_HEADER
 from baton.protocol.openai import OpenAIError
 
 logger = logging.getLogger(__name__)
 
-STAGE_HEADER = "x-baton-error-stage"
-RETRYABLE_HEADER = "x-baton-retryable"
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
