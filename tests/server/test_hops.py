@@ -105,6 +105,46 @@ async def test_a_stream_goes_on_at_every_event_without_gap_or_repeat(start: Star
                 assert reasons[-1] == "stop"
 
 
+async def test_log_probabilities_go_on_behind_a_resume(start: Start) -> None:
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "Hi",
+        "stream": True,
+        "max_tokens": 100,
+        "echo": True,
+        "logprobs": 1,
+    }
+    async with start() as bed:
+        bed.say("Zoë runs. The end")
+
+        def joined(events: list[tuple[list[int], dict[str, Any]]], field: str) -> list[Any]:
+            return [value for _, one in events for value in one["choices"][0]["logprobs"][field]]
+
+        whole = await stream_of(bed, "/v1/completions", body, is_paced=True)
+        assert len(joined(whole, "tokens")) == 1 + len(bed.tokenizer.encode("Zoë runs. The end")) + 1
+        for cut in range(1, len(whole)):
+            ids = [token_id for event_ids, _ in whole[:cut] for token_id in event_ids]
+            rest = await stream_of(bed, "/v1/completions", body | {RESUME_FIELD: {"created": 1, "output_ids": [ids]}})
+            for field in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+                assert joined(whole[:cut], field) + joined(rest, field) == joined(whole, field), (cut, field)
+
+
+async def test_usage_of_a_resumed_stream_counts_the_prompts_of_finished_choices(start: Start) -> None:
+    async with start() as bed:
+        common = {"model": MODEL, "stream": True, "max_tokens": 5, "stream_options": {"include_usage": True}}
+        batch = common | {"prompt": ["One two three", "Hi"]}
+        chat = common | {"messages": [{"role": "user", "content": "Hi"}]}
+        for path, body, given in (
+            ("/v1/completions", batch, [None, bed.tokenizer.encode("Hel")]),
+            ("/v1/chat/completions", chat, [None]),
+        ):
+            whole, rest = [
+                json.loads(sse_events((await bed.post(path, one)).text)[-2])["usage"]
+                for one in (body, body | {RESUME_FIELD: {"created": 5, "output_ids": given}})
+            ]
+            assert rest["prompt_tokens"] == whole["prompt_tokens"] > 0
+
+
 async def test_finished_choices_of_a_resumed_stream_are_not_sent_again(start: Start) -> None:
     async with start() as bed:
         body = {

@@ -70,7 +70,7 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
     hop = hop_of(request, raw, prompt.sampling.n)
     submits = submits_of(ctx, [prompt], handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
-    writer = ChatWriter(ctx, body, hop, model, request_id)
+    writer = ChatWriter(ctx, body, hop, model, request_id, len(prompt.input_ids))
     stream_interval = ctx.args.stream_interval if body.stream else None
     return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
@@ -149,12 +149,21 @@ class ChatWriter:
 
     is_openai = True
 
-    def __init__(self, ctx: ServerContext, body: ChatCompletionRequest, hop: Hop, model: str, response_id: str) -> None:
+    def __init__(
+        self,
+        ctx: ServerContext,
+        body: ChatCompletionRequest,
+        hop: Hop,
+        model: str,
+        response_id: str,
+        num_prompt_tokens: int,
+    ) -> None:
         self._ctx = ctx
         self._body = body
         self._hop = hop
         self._model = model
         self._id = response_id
+        self._num_prompt_tokens = num_prompt_tokens
         self._created = created_of(ctx, hop, time.time())
         self._vocabulary = ctx.tokenizer.vocabulary if ctx.tokenizer else None
         # A resumed stream's client has its roles already.
@@ -197,7 +206,7 @@ class ChatWriter:
     def last_events(self, job: Job) -> bytes:
         if self._options is None or not self._options.include_usage:
             return b""
-        usage = usage_object(usage_of(self._ctx, self._body, job.generations))
+        usage = usage_object(usage_of(self._ctx, self._body, job.generations, self._num_prompt_tokens))
         return usage_event(UsageChunk(self._id, "chat.completion.chunk", self._created, self._model, [], usage))
 
     def _event(self, choice: ChatChunkChoice, token_ids: list[int], one: Generation | None = None) -> bytes:

@@ -34,7 +34,7 @@ from baton.engine.server.openai_common import (
 )
 from baton.engine.server.start import start_job
 from baton.protocol.errors import bad_request
-from baton.protocol.hops import RESUME_FIELD, tokens_comment
+from baton.protocol.hops import tokens_comment
 from baton.protocol.openai import (
     IGNORED_FIELDS,
     REFUSED_FIELDS,
@@ -74,11 +74,9 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
         for input_ids in await _input_ids(ctx, body)
     ]
     hop = hop_of(request, raw, len(prompts) * sampling.n)
-    if hop.resume is not None and body.logprobs is not None:
-        raise bad_request(f"{RESUME_FIELD} cannot be combined with logprobs: their offsets are gone.", RESUME_FIELD)
     submits = submits_of(ctx, prompts, handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
-    writer = CompletionWriter(ctx, body, hop, model, request_id)
+    writer = CompletionWriter(ctx, body, hop, model, request_id, sum(len(one.input_ids) for one in prompts))
     stream_interval = ctx.args.stream_interval if body.stream else None
     return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
@@ -102,12 +100,21 @@ class CompletionWriter:
 
     is_openai = True
 
-    def __init__(self, ctx: ServerContext, body: CompletionRequest, hop: Hop, model: str, response_id: str) -> None:
+    def __init__(
+        self,
+        ctx: ServerContext,
+        body: CompletionRequest,
+        hop: Hop,
+        model: str,
+        response_id: str,
+        num_prompt_tokens: int,
+    ) -> None:
         self._ctx = ctx
         self._body = body
         self._hop = hop
         self._model = model
         self._id = response_id
+        self._num_prompt_tokens = num_prompt_tokens
         self._created = created_of(ctx, hop, time.time())
         self._vocabulary = ctx.tokenizer.vocabulary if ctx.tokenizer else None
         self._options = body.stream_options
@@ -131,9 +138,12 @@ class CompletionWriter:
             sent = self._num_sent_chars.get(one.index)
             if sent is None:
                 sent = 0
+                echo = self._echo(one)
                 if self._hop.resume is None:
-                    text = self._echo(one) + text
+                    text = echo + text
                     positions = (one.input_logprobs if self._body.echo else []) + positions
+                else:
+                    sent = len(echo) + len(one.text) - len(text)
             self._num_sent_chars[one.index] = sent + len(text)
             choice = self._choice(one, text, self._logprobs(positions, sent))
             if self._hop.wants_token_ids:
@@ -148,7 +158,7 @@ class CompletionWriter:
     def last_events(self, job: Job) -> bytes:
         if self._options is None or not self._options.include_usage:
             return b""
-        usage = usage_object(usage_of(self._ctx, self._body, job.generations))
+        usage = usage_object(usage_of(self._ctx, self._body, job.generations, self._num_prompt_tokens))
         return usage_event(UsageChunk(self._id, "text_completion", self._created, self._model, [], usage))
 
     def _choice(self, one: Generation, text: str, logprobs: CompletionLogprobs | None) -> CompletionChoice:

@@ -85,8 +85,11 @@ def created_of(ctx: ServerContext, hop: Hop, now_s: float) -> int:
     return int(now_s) if hop.resume is None or hop.resume.created is None else hop.resume.created
 
 
-def usage_of(ctx: ServerContext, body: OpenAIRequest, generations: Iterable[Generation]) -> Usage:
-    """A prompt counts once, however many answers it got."""
+def usage_of(
+    ctx: ServerContext, body: OpenAIRequest, generations: Iterable[Generation], prompt_tokens: int | None = None
+) -> Usage:
+    """A prompt counts once, however many answers it got. `prompt_tokens`: of the whole request; none: of `generations`,
+    which leave out what had finished before a stream was resumed."""
     n = body.n or 1
     prompt = completion = cached = 0
     seen: set[int] = set()
@@ -97,6 +100,8 @@ def usage_of(ctx: ServerContext, body: OpenAIRequest, generations: Iterable[Gene
             prompt += one.prompt_tokens
             cached += one.cached_tokens
     reports_cache = ctx.args.enable_cache_report or bool(body.return_cached_tokens)
+    if prompt_tokens is not None:
+        prompt = prompt_tokens
     return Usage(prompt, prompt + completion, completion, PromptTokensDetails(cached) if reports_cache else None)
 
 
