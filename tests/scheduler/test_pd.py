@@ -206,6 +206,7 @@ def test_a_prefix_that_decode_has_whole_still_asks_for_the_first_token() -> None
         worker.scheduler.on_transfer_event(received(room, oracle(prompt, 1)[0]), worker.now)
         worker.run()
         assert worker.ledger.tokens[request.rid] == oracle(prompt, 3)
+        assert worker.scheduler.state().cache_hit_rate == (0 if room == 1 else 1), "what was not transferred"
     assert (action.first_page_idx, action.page_ids) == (2, [])
 
 

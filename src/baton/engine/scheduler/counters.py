@@ -11,7 +11,7 @@ class Counters:
     num_bootstrap_failed_total: int = 0
     num_transfer_failed_total: int = 0
     cache_hit_rate: float = 0.0
-    """Of the last prefill step that admitted a request: cached tokens / all tokens."""
+    """Cached tokens / all tokens of the last prefill step that admitted a request, or of the last request let in to receive."""
     gen_throughput: float = 0.0
     """Output tokens a second over the last window of at least a second."""
     transfer_speed_gb_s: float = 0.0

@@ -187,6 +187,7 @@ class Preallocation:
         req.handle, req.pages, req.num_computed = handle, pages + fresh, matched
         req.move_to(Status.RECEIVING)
         self._counters.transfer_alloc_ms = (now - req.arrival_s) * 1e3
+        self._counters.cache_hit_rate = matched / total
         req.queue_time_s = now - req.arrival_s
         port = req.bootstrap.port if req.bootstrap.port is not None else self._config.default_bootstrap_port
         timeout_s = time_left(req, self._config.receive_timeout_s, now)
