@@ -88,7 +88,7 @@ def at_state(service: Service, name: str, clients: list[Client]) -> Iterator[Non
         elif name == "last-page":
             until(name, lambda: state(decode)["num_decode_transfer"] == count)
             stack.enter_context(frozen(decode))
-            until(name, lambda: state(prefill)["num_prefill_inflight"] == count)
+            until(name, lambda: state(prefill)["num_prefill_inflight"])  # one is enough: peers lose patience
         else:
             until(name, lambda: state(decode)["num_running"] == count)
             for client in clients:
