@@ -63,7 +63,7 @@ def _role(role: Role, path: str) -> Iterator[FieldError]:
         if key in role.annotations:
             yield _not_yet(f"{path}.annotations[{key}]", what)
     if role.engine_runtimes:
-        yield _not_yet(f"{path}.engineRuntimes", "engine runtime profiles")
+        yield _not_yet(f"{path}.engineRuntimes", "an engine runtime profile")
     update = role.rollout_strategy.rolling_update
     if update.max_surge not in (0, "0", "0%"):
         yield _not_yet(f"{path}.rolloutStrategy.rollingUpdate.maxSurge", "surging")

@@ -336,9 +336,8 @@ class Container:
             self.is_ready = not self.spec.get("readinessProbe")
             self._record.save(self._dir)
         elif not change.is_ok:
-            self._around.event(
-                "Normal", "Killing", f"Container {self.name} failed {change.kind} probe, will be restarted"
-            )
+            text = f"Container {self.name} failed {change.kind} probe, will be restarted"
+            self._around.event("Normal", "Killing", text)
             self.stop(30.0 if change.grace_s is None else change.grace_s)
         self._around.wake()
 
@@ -378,9 +377,8 @@ class Container:
         )
 
     def _tail(self) -> str:
-        return "" if self.process is None or self.process.exit is None or self.process.exit.code == 0 else (
-            self.process.exit.error or logs.last_lines(self.log_file())
-        )  # fmt: skip
+        end = self.exit
+        return "" if end is None or end.code == 0 else end.error or logs.last_lines(self.log_file())
 
     def _forget_old(self) -> None:
         """Keep the previous attempt and its log, as a kubelet does; remove older ones."""

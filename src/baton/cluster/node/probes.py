@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,7 +161,7 @@ async def _tcp(handler: Object, container: Object, target: ProbeTarget, timeout_
     except TimeoutError:
         return False, f"dial tcp {host}:{port}: i/o timeout"
     except OSError as error:
-        return False, f"dial tcp {host}:{port}: connect: {(error.strerror or str(error)).lower()}"
+        return False, f"dial tcp {host}:{port}: connect: {_refusal(error)}"
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
@@ -188,6 +189,8 @@ async def _http(handler: Object, container: Object, target: ProbeTarget, timeout
             return False, f"HTTP probe failed with statuscode: {response.status}"
     except TimeoutError:
         return False, f'Get "{url}": context deadline exceeded'
+    except aiohttp.ClientConnectorError as error:
+        return False, f'Get "{url}": dial tcp {host}:{port}: connect: {_refusal(error.os_error)}'
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return False, f'Get "{url}": {str(error) or type(error).__name__}'
 
@@ -201,3 +204,8 @@ async def _exec(handler: Object, target: ProbeTarget, timeout_s: float) -> tuple
     except OSError as error:
         return False, str(error)
     return done.code == 0, done.output or f"command exited with status {done.code}"
+
+
+def _refusal(error: OSError) -> str:
+    """The system's words alone: asyncio puts the address in place of them."""
+    return os.strerror(error.errno).lower() if error.errno else str(error)
