@@ -1,6 +1,7 @@
 """Manifests that exist in the world, as they stand, and manifests with mistakes; one cluster for all of it."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -64,7 +65,7 @@ class forwarded:  # noqa: N801  (a context manager)
     def __init__(self, one: Cluster, *arguments: str) -> None:
         self._process = subprocess.Popen(
             [f"{one.home}/cluster/bin/kubectl", "port-forward", *arguments],
-            env=one.environment,
+            env={**os.environ, **one.environment},
             stdout=subprocess.PIPE,
             text=True,
         )
