@@ -110,6 +110,25 @@ def test_numbers_are_accepted_as_quantities(cluster: Cluster) -> None:
     assert made["status"]["qosClass"] == "Guaranteed"
 
 
+def test_a_claim_template_is_a_volume_of_the_pods(cluster: Cluster) -> None:
+    claimed = stateful_set("claimed")
+    container = claimed["spec"]["template"]["spec"]["containers"][0]
+    container["volumeMounts"] = [{"name": "data", "mountPath": "/data"}]
+    claimed["spec"]["volumeClaimTemplates"] = [
+        {
+            "metadata": {"name": "data"},
+            "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": 1}}},
+        }
+    ]
+    assert cluster.http("POST", f"{APPS}/statefulsets", claimed).code == 201
+    container["volumeMounts"][0]["name"] = "dta"
+    claimed["metadata"]["name"] = "mistyped"
+    refused = cluster.http("POST", f"{APPS}/statefulsets", claimed)
+    assert [cause["field"] for cause in refused.json["details"]["causes"]] == [
+        "spec.template.spec.containers[0].volumeMounts[0].name"
+    ]
+
+
 def test_null_means_not_given(cluster: Cluster) -> None:
     body = changed(pod("nulls"), "spec.volumes", None)
     body["metadata"]["creationTimestamp"] = None

@@ -56,7 +56,8 @@ def _workload(obj: JSON) -> list[Cause]:
     out += check_labels(labels, "spec.template.metadata.labels")
     out += _selector_matches(spec.get("selector"), labels)
     if template.get("spec") is not None:
-        out += rules_pod.pod_spec_causes(template["spec"], "spec.template.spec", template_of=obj["kind"])
+        claims = [(claim.get("metadata") or {}).get("name") or "" for claim in spec.get("volumeClaimTemplates") or []]
+        out += rules_pod.pod_spec_causes(template["spec"], "spec.template.spec", template_of=obj["kind"], claims=claims)
     elif template:
         out.append(Cause.required("spec.template.spec.containers"))
     return out

@@ -5,6 +5,7 @@ Owns `pod_spec_causes` and `pod_update_causes`. Not here: types and required fie
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from baton.cluster.apiserver.errors import Cause
@@ -20,10 +21,11 @@ _UPDATE_TEXT = (
 )
 
 
-def pod_spec_causes(spec: JSON, path: str, *, template_of: str = "") -> list[Cause]:
-    """`path` is where the pod spec is; `template_of` names the workload kind when it is a template."""
+def pod_spec_causes(spec: JSON, path: str, *, template_of: str = "", claims: Collection[str] = ()) -> list[Cause]:
+    """`path` is where the pod spec is; `template_of` names the workload kind when it is a template, and `claims` are
+    the volumes that this workload adds to its pods."""
     out: list[Cause] = []
-    volumes = _volumes(spec.get("volumes") or [], f"{path}.volumes", out)
+    volumes = _volumes(spec.get("volumes") or [], f"{path}.volumes", out) | set(claims)
     if not spec.get("containers") and "containers" in spec:
         out.append(Cause.required(f"{path}.containers"))
     names: set[str] = set()
