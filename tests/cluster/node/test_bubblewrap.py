@@ -121,3 +121,13 @@ def test_a_program_on_a_volume_is_looked_for_there(tmp_path: Path) -> None:
     assert "executable file not found" in str(runtime.launch(plan(tmp_path, "/tools/run", mounts=mounts)).error)
     (tmp_path / "tools" / "run").write_text("#!/bin/sh\n")
     assert runtime.launch(plan(tmp_path, "/tools/run", mounts=mounts)).error is None
+
+
+def test_a_volume_over_our_own_programs_is_refused(tmp_path: Path) -> None:
+    def over(target: str) -> list[str]:
+        return arguments(plan(tmp_path, mounts=(Mount(tmp_path, target, False),), keep=("/opt/checkout/src",)))
+
+    for target in ("/opt", "/opt/checkout/", "/opt/checkout/src"):
+        with pytest.raises(PlanError, match="hides /opt/checkout/src, which Baton runs from"):
+            over(target)
+    assert over("/opt/data")

@@ -41,6 +41,7 @@ class Bubblewrap:
 
 def arguments(plan: ContainerPlan) -> list[str]:
     """bwrap's options for one container. Raises `PlanError` for a mount that cannot be made."""
+    _refuse_hiding(plan)
     mounts = sorted((*plan.mounts, *_own_mounts(plan)), key=lambda mount: len(_parts(mount.target)))
     opened = _opened(mount.target for mount in mounts)
     args = ["--die-with-parent", "--unshare-uts", "--hostname", plan.hostname]
@@ -53,6 +54,17 @@ def arguments(plan: ContainerPlan) -> list[str]:
     for mount in mounts:
         args += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), _clean(mount.target)]
     return [*args, "--chdir", plan.cwd]
+
+
+def _refuse_hiding(plan: ContainerPlan) -> None:
+    """Without our programs a pod would run the machine's Python unhooked, and listen on all of the machine's addresses."""
+    for mount in plan.mounts:
+        for path in plan.keep:
+            if _is_below(path, _clean(mount.target)):
+                raise PlanError(
+                    f"mountPath {mount.target!r} hides {path}, which Baton runs from on this machine: "
+                    "choose another mountPath, move Baton, or use --isolation plain"
+                )
 
 
 def _not_found(plan: ContainerPlan) -> str | None:
