@@ -18,7 +18,8 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed ## virtual environment, packages, kernels, demo model
 	@command -v bwrap >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null \
-		|| apt-get install -y -qq bubblewrap >/dev/null 2>&1 || echo "bubblewrap was not installed: pods will run without namespaces"
+		|| { apt-get update -qq && apt-get install -y -qq bubblewrap; } >/dev/null 2>&1 \
+		|| echo "bubblewrap was not installed: pods will run without namespaces"
 	@$(BIN)/baton model smollm2 --quiet
 
 up: setup ## embedded cluster with examples/pd.yaml: 2 prefill, 1 decode, 1 router; one answer as proof (PORT=8000)
