@@ -1,7 +1,4 @@
-"""`baton serve` and `baton down`: prefill workers, decode workers and a router on this machine.
-
-A thin supervisor: it starts processes, restarts one that dies, keeps their logs, and stops them all.
-"""
+"""`baton serve` and `baton down`: a thin supervisor of prefill workers, decode workers and a router on this machine."""
 
 import asyncio
 import contextlib
