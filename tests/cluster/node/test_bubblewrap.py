@@ -123,11 +123,13 @@ def test_a_program_on_a_volume_is_looked_for_there(tmp_path: Path) -> None:
     assert runtime.launch(plan(tmp_path, "/tools/run", mounts=mounts)).error is None
 
 
-def test_a_volume_over_our_own_programs_is_refused(tmp_path: Path) -> None:
-    def over(target: str) -> list[str]:
-        return arguments(plan(tmp_path, mounts=(Mount(tmp_path, target, False),), keep=("/opt/checkout/src",)))
+def test_a_volume_over_our_own_programs_is_refused_to_those_who_run_them(tmp_path: Path) -> None:
+    def over(target: str, path: str) -> list[str]:
+        mounts = (Mount(tmp_path, target, False),)
+        return arguments(plan(tmp_path, mounts=mounts, keep=("/opt/checkout",), env={"PATH": path}))
 
-    for target in ("/opt", "/opt/checkout/", "/opt/checkout/src"):
-        with pytest.raises(PlanError, match="hides /opt/checkout/src, which Baton runs from"):
-            over(target)
-    assert over("/opt/data")
+    for target in ("/opt", "/opt/checkout/", "/opt/checkout/bin"):
+        with pytest.raises(PlanError, match="hides /opt/checkout/bin, which Baton runs from"):
+            over(target, "/opt/checkout/bin:/bin")
+        assert over(target, "/usr/bin:/bin")
+    assert over("/opt/data", "/opt/checkout/bin:/bin")

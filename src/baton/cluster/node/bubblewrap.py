@@ -57,9 +57,11 @@ def arguments(plan: ContainerPlan) -> list[str]:
 
 
 def _refuse_hiding(plan: ContainerPlan) -> None:
-    """Without our programs a pod would run the machine's Python unhooked, and listen on all of the machine's addresses."""
+    """A container that runs our programs needs them: with the machine's own instead, it would listen on all addresses."""
+    places = plan.env.get("PATH", "").split(":")
+    ours = [place for place in places if any(_is_below(place, kept) for kept in plan.keep)]
     for mount in plan.mounts:
-        for path in plan.keep:
+        for path in ours:
             if _is_below(path, _clean(mount.target)):
                 raise PlanError(
                     f"mountPath {mount.target!r} hides {path}, which Baton runs from on this machine: "
