@@ -56,9 +56,9 @@ def test_a_volume_inside_a_volume_and_a_single_file_are_mounted(tmp_path: Path) 
     (inner / "deep").write_text("deep ")
     single.write_text("single")
     mounts = (
-        Mount(inner, "/data/sub", False), Mount(outer, "/data", False), Mount(single, "/work/llm/config.yaml", True)
+        Mount(inner, "/data/sub", False), Mount(outer, "/data", False), Mount(single, "/scratch/llm/config.yaml", True)
     )  # fmt: skip
-    assert run(plan(tmp_path, "cat", "/data/sub/deep", "/work/llm/config.yaml", mounts=mounts)) == "deep single"
+    assert run(plan(tmp_path, "cat", "/data/sub/deep", "/scratch/llm/config.yaml", mounts=mounts)) == "deep single"
 
 
 @needs_bwrap

@@ -175,19 +175,19 @@ async def test_a_changed_config_map_reaches_the_running_container(bed: NodeBed) 
 
 
 async def test_init_containers_run_one_after_the_other_before_the_rest(bed: NodeBed) -> None:
-    share = [{"name": "work", "mountPath": "/work"}]
+    share = [{"name": "work", "mountPath": "/scratch"}]
     init = [
         {
             "name": name,
             "image": "busybox",
-            "command": ["sh", "-c", f"echo {name} >> /work/order"],
+            "command": ["sh", "-c", f"echo {name} >> /scratch/order"],
             "volumeMounts": share,
         }
         for name in ("one", "two")
     ]
     await bed.create(
         pod(
-            "init", "cat", "/work/order", restartPolicy="Never", initContainers=init, volumeMounts=share,
+            "init", "cat", "/scratch/order", restartPolicy="Never", initContainers=init, volumeMounts=share,
             volumes=[{"name": "work", "emptyDir": {}}],
         )
     )  # fmt: skip

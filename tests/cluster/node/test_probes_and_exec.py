@@ -17,7 +17,7 @@ from baton.cluster.node_connector import LogOptions, NodeError
 from baton.cluster_client.resources import NODES, PODS
 
 FILES = {
-    "volumeMounts": [{"name": "work", "mountPath": "/work"}],
+    "volumeMounts": [{"name": "work", "mountPath": "/scratch"}],
     "volumes": [{"name": "work", "emptyDir": {}}],
 }
 
@@ -46,40 +46,40 @@ async def run_in(bed: NodeBed, name: str, *command: str) -> tuple[str, str, int]
 
 
 async def test_readiness_follows_its_probe_both_ways(bed: NodeBed) -> None:
-    probe = execute("test", "-e", "/work/ready", failureThreshold=1)
+    probe = execute("test", "-e", "/scratch/ready", failureThreshold=1)
     await bed.create(pod("turns", "sleep", "60", readinessProbe=probe, **FILES))
     await bed.until_phase("turns", "Running")
     await bed.api.until(lambda: any(reason == "Unhealthy" for reason, _ in bed.api.events()))
     assert not bed.container("turns")["ready"]
-    await run_in(bed, "turns", "touch", "/work/ready")
+    await run_in(bed, "turns", "touch", "/scratch/ready")
     await bed.until_ready("turns")
-    await run_in(bed, "turns", "rm", "/work/ready")
+    await run_in(bed, "turns", "rm", "/scratch/ready")
     await bed.api.until(lambda: not bed.container("turns")["ready"])
     assert bed.container("turns")["restartCount"] == 0
 
 
 async def test_a_failed_liveness_probe_restarts_the_container(bed: NodeBed) -> None:
-    probe = execute("test", "!", "-e", "/work/sick", failureThreshold=2)
-    script = "rm -f /work/sick; touch /work/up; exec sleep 60"
+    probe = execute("test", "!", "-e", "/scratch/sick", failureThreshold=2)
+    script = "rm -f /scratch/sick; touch /scratch/up; exec sleep 60"
     await bed.create(pod("sick", "sh", "-c", script, livenessProbe=probe, terminationGracePeriodSeconds=1, **FILES))
     await bed.until_ready("sick")
 
     async def is_up() -> bool:
-        return (await run_in(bed, "sick", "test", "-e", "/work/up"))[2] == 0
+        return (await run_in(bed, "sick", "test", "-e", "/scratch/up"))[2] == 0
 
     await eventually(is_up)
-    await run_in(bed, "sick", "touch", "/work/sick")
+    await run_in(bed, "sick", "touch", "/scratch/sick")
     await bed.api.until(lambda: bed.container("sick").get("restartCount") == 1)
     assert "Container main failed liveness probe, will be restarted" in [message for _, message in bed.api.events()]
 
 
 async def test_nothing_is_ready_before_the_startup_probe_passed(bed: NodeBed) -> None:
-    probe = execute("test", "-e", "/work/up", failureThreshold=1000)
+    probe = execute("test", "-e", "/scratch/up", failureThreshold=1000)
     await bed.create(pod("slow", "sleep", "60", startupProbe=probe, **FILES))
     await bed.until_phase("slow", "Running")
     await bed.api.until(lambda: any("Startup probe failed" in message for _, message in bed.api.events()))
     assert (bed.container("slow")["ready"], bed.container("slow")["started"]) == (False, False)
-    await run_in(bed, "slow", "touch", "/work/up")
+    await run_in(bed, "slow", "touch", "/scratch/up")
     await bed.until_ready("slow")
     assert bed.container("slow")["started"]
 
@@ -172,7 +172,7 @@ async def test_exec_with_input_and_with_a_terminal(bed: NodeBed) -> None:
 
 
 async def test_attach_and_follow_end_with_the_container(bed: NodeBed) -> None:
-    await bed.create(pod("talks", "sh", "-c", "echo one; until [ -e /work/go ]; do sleep 0.02; done; echo two",
+    await bed.create(pod("talks", "sh", "-c", "echo one; until [ -e /scratch/go ]; do sleep 0.02; done; echo two",
                          restartPolicy="Never", **FILES))  # fmt: skip
     await bed.until_ready("talks")
     assert bed.agent is not None
@@ -180,7 +180,7 @@ async def test_attach_and_follow_end_with_the_container(bed: NodeBed) -> None:
     session = await connector.attach("default", "talks", "main", stdin=False, tty=False)
     attached = asyncio.create_task(_collect(session))
     following = asyncio.create_task(bed.log("talks", follow=True))
-    await run_in(bed, "talks", "touch", "/work/go")
+    await run_in(bed, "talks", "touch", "/scratch/go")
     assert await asyncio.wait_for(following, 20) == "one\ntwo\n"
     assert (await asyncio.wait_for(attached, 20)).endswith(b"two\n")
     with pytest.raises(NodeError, match='previous terminated container "main"'):
