@@ -154,8 +154,10 @@ async def _stream(request: Request, selection: Selection, store: Store, options:
             await send_chunk(request, b"".join(out))
         if log.changes and log.changes[-1].revision > position:
             continue
+        # Not `wait_for`: before Python 3.12 it starts its coroutine a loop turn later, and a commit in between is missed.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(log.wait(), min(end, bookmark_at) - loop.time())
+            async with asyncio.timeout(min(end, bookmark_at) - loop.time()):
+                await log.wait()
 
 
 def _event_for(change: Change, selection: Selection, encoder: _Encoder) -> bytes | None:
