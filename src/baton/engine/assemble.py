@@ -105,11 +105,7 @@ def assemble(args: EngineArgs, wake: Wake) -> Engine:
         path, layout.dtype, device, runner.attention_backend, torch.get_num_threads(), num_pages, page_size, context_len,
         load_weights_s,
     )  # fmt: skip
-    if not runner.is_batch_invariant:
-        logger.info(
-            "arithmetic depends on the batch here (dtype %s on %s): greedy answers may differ in near-ties between runs",
-            layout.dtype, device,
-        )  # fmt: skip
+    note_batch_dependence(runner, layout.dtype, device)
     ready = Ready(
         max_total_num_tokens=num_pages * page_size,
         max_req_input_len=min(context_len, num_pages * page_size) - 1,
@@ -122,6 +118,15 @@ def assemble(args: EngineArgs, wake: Wake) -> Engine:
         attention_backend=runner.attention_backend,
     )
     return Engine(scheduler, runner, transfer, ready)
+
+
+def note_batch_dependence(runner: ModelRunner, dtype: str, device: torch.device) -> None:
+    """Say once where greedy answers are not promised to be the same bits in every batch."""
+    if not runner.is_batch_invariant:
+        logger.info(
+            "arithmetic depends on the batch here (dtype %s on %s): greedy answers may differ in near-ties between runs",
+            dtype, device,
+        )  # fmt: skip
 
 
 def choose_num_pages(
