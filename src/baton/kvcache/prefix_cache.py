@@ -12,6 +12,7 @@ from typing import NamedTuple
 from baton.kvcache.integrity import check_ownership
 from baton.kvcache.page_pool import PagePool
 from baton.kvcache.radix_tree import EvictionPolicy, PrefixHandle, RadixTree
+from baton.kvcache.tiers import Copies, StoreAction, StoreEvent
 
 
 class PrefixMatch(NamedTuple):
@@ -20,6 +21,16 @@ class PrefixMatch(NamedTuple):
     pages: list[int]
     """A fresh list: the caller may grow it into its page table."""
     num_tokens: int
+    num_loadable: int = 0
+    """Pages behind these that the host tier has; kept there for `load` until that or `release`."""
+
+
+class CachedTokens(NamedTuple):
+    """Where tokens that were not computed came from."""
+
+    device: int = 0
+    host: int = 0
+    store: int = 0
 
 
 class PrefixCache:
@@ -77,8 +88,45 @@ class PrefixCache:
         """Undo `match_prefix`."""
         self._tree.unlock(handle)
 
+    def load(self, match: PrefixMatch, pages: Sequence[int]) -> CachedTokens:
+        """Have the match's loadable pages copied into `pages` (one each, the caller's) by the next `Copies`. Says where all
+        tokens of the match came from."""
+        assert not pages, "there is no tier below to load from"
+        return CachedTokens(device=match.num_tokens)
+
+    # -- the tiers below: none here, `tiered_cache` has them ---------------------------------------------------------------
+
+    def begin_prefetch(
+        self, rid: str, token_ids: list[int], extra_key: str | None, max_tokens: int, now: float
+    ) -> None:
+        """A request waits: bring what the store has of its first `max_tokens` tokens into the host tier. `end_prefetch` follows."""
+
+    def awaits_prefetch(self, rid: str, now: float) -> bool:
+        """Whether the request should not be admitted yet, since its prefetch may still bring pages."""
+        return False
+
+    def end_prefetch(self, rid: str) -> None:
+        """The request was admitted, or is gone. Without a prefetch nothing happens."""
+
+    def next_deadline(self) -> float | None:
+        """When a request that awaits its prefetch stops to do so, if nothing else happens."""
+        return None
+
+    def take_copies(self) -> Copies:
+        """Page copies to carry out now, before the next step and before any other action."""
+        return Copies()
+
+    def take_store_actions(self) -> list[StoreAction]:
+        """To be given to the store's worker after the copies of the same pass were carried out."""
+        return []
+
+    def on_store_event(self, event: StoreEvent, now: float) -> None:
+        raise AssertionError("there is no store")
+
+    # -- ownership moves ---------------------------------------------------------------------------------------------------
+
     def commit(
-        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]
+        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0
     ) -> tuple[PrefixHandle, list[int]]:
         """Share what a request has computed so far; it goes on with the returned handle and page table.
 
@@ -87,7 +135,7 @@ class PrefixCache:
           [handle, existing)  the request's, but the tree has these tokens already: freed, the tree's pages replace them
           [existing, full)    the request's -> the tree's
           [full, end)         the request's before and after (a partial page, or pages not yet written)
-        The new handle locks [0, full).
+        The new handle locks [0, full). Pages before `save_from` are some other worker's to keep in lower tiers.
         """
         full = len(token_ids) // self.page_size
         if full <= handle.num_pages:
@@ -98,7 +146,7 @@ class PrefixCache:
         self._pool.free(duplicates)
         return new_handle, [*shared, *pages[full:]]
 
-    def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]) -> None:
+    def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0) -> None:
         """A request ends: as `commit`, then the tree keeps [0, full) unlocked and [full, end) is freed."""
         full = len(token_ids) // self.page_size
         if full > handle.num_pages:
@@ -136,9 +184,9 @@ class UnsharedCache(PrefixCache):
         return super().match_prefix([], extra_key, 0)
 
     def commit(
-        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]
+        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0
     ) -> tuple[PrefixHandle, list[int]]:
         return handle, list(pages)
 
-    def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int]) -> None:
+    def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0) -> None:
         self.drop(handle, pages)
