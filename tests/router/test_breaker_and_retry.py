@@ -171,3 +171,40 @@ def test_a_rank_that_ended_is_not_a_full_queue():
     assert not gone.is_busy
     state.note(gone)
     assert next_try_s(gone, state, RETRY, RNG) == 0.0
+
+
+def test_workers_that_are_gone_cost_no_retries():
+    """A machine with most of the workers dies: whoever is left gets the request."""
+    state = RetryState()
+    for index in range(20):
+        refused = Failure("connect", "decode", f"http://w{index}", "")
+        state.note(refused)
+        assert next_try_s(refused, state, RETRY, RNG) == 0.0
+
+
+def test_one_that_nobody_has_seen_healthy_is_not_tried_for_ever():
+    """Without health checks nothing but the retries ends it."""
+    state = RetryState()
+    refused = Failure("connect", "decode", "u", "")
+    delays = []
+    for _ in range(5):
+        state.note(refused)
+        delays.append(next_try_s(refused, state, RETRY, RNG))
+    assert delays == [0.0, 0.1, 0.2, 0.4, None]
+
+
+def test_after_a_connection_that_closed_a_full_queue_is_waited_for():
+    """It may have been a worker's end, and the others are full of what that one had."""
+    state = RetryState()
+    state.note(Failure("stale", "decode", "u", ""))
+    assert None not in [next_try_s(status(503), state, RETRY, RNG) for _ in range(50)]
+
+
+def test_a_failed_hand_over_speaks_against_both_of_the_pair():
+    for role, stage, peer_is_avoided in (("prefill", "transfer", True), ("decode", "transfer", True),
+                                         ("decode", "prefill", True), ("prefill", "prefill", False)):  # fmt: skip
+        state = RetryState()
+        failure = status(500, role, stage=stage)
+        failure.peer_url = "http://peer"
+        state.note(failure)
+        assert ("http://peer" in state.tried) is peer_is_avoided

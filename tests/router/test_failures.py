@@ -80,11 +80,12 @@ async def test_a_worker_that_dies_without_an_answer_is_gone_round():
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 async def test_no_healthy_worker_is_a_503_that_names_the_side(side):
-    async with bed() as b:
+    async with bed(retry=RetryConfig(migration_wait_s=3600)) as b:  # for those for whom there was one
         getattr(b, side)[0].kill()
+        worker = b.router.core.registry.by_role[side][0]
+        b.router.core.wake(worker)
+        await eventually(lambda: not worker.healthy)
         reply = await b.ask("/v1/completions", BODY)
-        if reply.json["error"]["type"] == "worker_lost":  # the first one finds out
-            reply = await b.ask("/v1/completions", BODY)
         error = reply.json["error"]
         assert reply.status == 503
         assert error["type"] == "no_healthy_worker"
@@ -178,21 +179,6 @@ async def test_the_deadline_ends_a_begun_stream_with_an_error_event():
         assert reply.events[-1]["error"]["type"] == "deadline_exceeded"
 
 
-async def test_a_request_that_lost_its_worker_waits_for_one_to_come_back():
-    async with bed(health=HealthConfig(retry_interval_s=0.01, success_threshold=1)) as b:
-        b.decode[0].faults.hang = True
-        client = await connect(b.router.port)
-        client.send(http_request("/v1/completions", BODY))
-        await eventually(lambda: b.decode[0].seen)
-        port = b.decode[0].port
-        b.decode[0].kill()
-        await eventually(lambda: not b.router.core.registry.by_role["decode"][0].healthy)
-        b.decode[0].faults.hang = False
-        await b.decode[0].start(port)
-        reply = await client.reply()
-        assert reply.json["choices"][0]["text"] == expected_text("p", 0, 4)
-
-
 async def test_abort_by_rid_ends_the_request():
     async with bed() as b:
         b.decode[0].faults.hang = True
@@ -272,3 +258,65 @@ async def test_a_refused_connection_takes_a_worker_out_at_once():
         worker = b.router.core.registry.by_role["decode"][0]
         b.router.core.on_connect_failure(worker, "refused")
         assert not worker.is_available
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("found_by", ["this request, on a new connection", "this request, on a kept one", "another"])
+async def test_a_request_for_which_there_was_a_pair_waits_for_its_worker_to_come_back(found_by, side, stream):
+    """However the loss shows: the answer breaks off, the connection looks stale, or another request saw it first."""
+    async with bed(health=HealthConfig(retry_interval_s=0.01, success_threshold=1)) as b:
+        victim = getattr(b, side)[0]
+        worker = b.router.core.registry.by_role[side][0]
+        if found_by != "this request, on a new connection":
+            assert (await b.ask("/v1/completions", BODY)).status == 200  # leaves connections that are used again
+        for one in b.workers:
+            one.faults.hang = True
+            one.seen.clear()
+        client = await connect(b.router.port)
+        client.send(http_request("/v1/completions", BODY | {"stream": stream}))
+        await eventually(lambda: b.prefill[0].seen and b.decode[0].seen)
+        if found_by == "another":
+            b.router.core.on_connect_failure(worker, "refused")
+        port = victim.port
+        victim.kill()
+        await eventually(lambda: not worker.healthy and worker.active == 0)
+        for one in b.workers:
+            one.faults.hang = False
+        await victim.start(port)
+        reply = await client.reply()
+        answers = [event for event in reply.events if event != "[DONE]"] if stream else [reply.json]
+        assert "".join(answer["choices"][0]["text"] for answer in answers) == expected_text("p", 0, 4), reply.body
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_request_that_finds_its_only_worker_gone_waits_for_it_to_come_back(side):
+    async with bed(health=HealthConfig(retry_interval_s=0.01, success_threshold=1)) as b:
+        victim = getattr(b, side)[0]
+        victim.kill()
+        asking = asyncio.create_task(b.ask("/v1/completions", BODY))
+        await eventually(lambda: not b.router.core.registry.by_role[side][0].healthy)
+        await victim.start(victim.port)
+        assert (await asking).json["choices"][0]["text"] == expected_text("p", 0, 4)
+
+
+async def test_a_request_waits_for_its_worker_only_so_long():
+    async with bed(retry=RetryConfig(initial_backoff_s=0.001, migration_wait_s=0.02)) as b:
+        b.decode[0].kill()
+        reply = await b.ask("/v1/completions", BODY)
+        assert reply.status == 503
+        assert "no healthy decode worker" in reply.json["error"]["message"]
+
+
+async def test_the_deadline_of_a_request_that_waits_for_its_worker_says_who_is_missing():
+    async with bed(request_timeout_s=0.05) as b:
+        b.decode[0].kill()
+        reply = await b.ask("/v1/completions", BODY)
+        assert reply.status == 504
+        assert "no healthy decode worker" in reply.json["error"]["message"]
+
+
+async def test_without_retries_nobody_waits():
+    async with bed(retry=NO_RETRY) as b:
+        b.decode[0].kill()
+        assert (await b.ask("/v1/completions", BODY)).status == 503

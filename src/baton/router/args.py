@@ -117,7 +117,7 @@ def build_parser(flavour: Flavour) -> _Parser:
     add("--disable-retries", action="store_true")
     add("--migration-limit", type=int, default=retry.migration_limit, help="how often one stream may move; 0: never")
     add("--migration-wait-secs", type=float, default=retry.migration_wait_s,
-        help="how long a request that lost its worker waits for a healthy pair")  # fmt: skip
+        help="how long a request whose workers are gone waits for a healthy pair")  # fmt: skip
     add("--cb-failure-threshold", type=int, default=breaker.failure_threshold)
     add("--cb-success-threshold", type=int, default=breaker.success_threshold)
     add("--cb-timeout-duration-secs", type=float, default=breaker.open_s)

@@ -55,8 +55,8 @@ class Side:
             self.worker.active -= 1
 
     def failure(self, kind: Kind, message: str, event: bytes = b"") -> Failure:
-        prefill = self.attempt.prefill
-        peer_url = prefill.worker.url if prefill is not None and prefill is not self else ""
+        peer = self.attempt.decode if self is self.attempt.prefill else self.attempt.prefill
+        peer_url = peer.worker.url if peer is not None else ""
         return Failure(kind, self.worker.role, self.worker.url, message, peer_url=peer_url, event=event)
 
     def status_failure(self) -> Failure:

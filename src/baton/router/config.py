@@ -45,7 +45,7 @@ class RetryConfig:
     migration_limit: int = 3
     """How often one stream may go on elsewhere after it had begun; 0 disables migration."""
     migration_wait_s: float = 60.0
-    """How long a request that lost its worker waits for a healthy pair to appear."""
+    """How long a request for which there was a pair waits for another when all workers of a role are gone (`retry`)."""
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,13 @@ class Core:
         decode = self.registry.pick("decode", key, exclude, now_s) if prefill is not None else None
         return (prefill, decode) if decode is not None else None
 
+    def who_is_missing(self) -> str:
+        """Each role with nobody healthy and why; empty: ready."""
+        return "; ".join(f"no healthy {role} worker ({why})" for role, why in self.registry.missing().items())
+
     def nobody_there(self) -> RequestError:
-        missing = self.registry.missing()
-        text = "; ".join(f"no healthy {role} worker ({why})" for role, why in missing.items())
-        return router_error(503, f"The request cannot be served: {text}.", kind="no_healthy_worker", retryable=True)
+        message = f"The request cannot be served: {self.who_is_missing()}."
+        return router_error(503, message, kind="no_healthy_worker", retryable=True)
 
     def new_room(self) -> int:
         return self.rng.getrandbits(63)

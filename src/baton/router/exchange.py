@@ -18,14 +18,15 @@ from baton.router.downstream import Request
 from baton.router.errors import error_body, router_error
 from baton.router.httpbytes import JSON_TYPE, forwarded, passed_on
 from baton.router.relay import DONE_EVENT, StreamRelay
-from baton.router.retry import Answer, Failure, RetryState, blames, next_try_s
+from baton.router.retry import Answer, Failure, RetryState, backoff_s, blames, hold_s, next_try_s
 from baton.router.upstream import Upstream
 from baton.router.workers import Worker
 
 log = logging.getLogger("baton.router")
 _TIMEOUT_HEADER = TIMEOUT_HEADER.encode()
 _TOKEN_IDS_LINE = TOKEN_IDS_HEADER.encode() + b": 1\r\n"
-WAIT_FOR_PAIR_S = 0.05
+MAX_LOOK_AGAIN_S = 0.25
+"""How long a request that waits for a pair may miss one that is there."""
 
 
 class Exchange:
@@ -156,16 +157,20 @@ class Exchange:
                 await asyncio.sleep(delay_s)
 
     async def _pick(self) -> tuple[Worker | None, Worker]:
-        """A prefill (PD) and a decode or regular worker. A request that lost its worker waits for one to come back."""
-        core, state = self._core, self._state
-        give_up_s = self._loop.time() + core.config.retry.migration_wait_s
-        while True:
-            pair = core.pick_pair(self._view, state.tried)
-            if pair is not None:
-                return pair
-            if not state.lost_worker or self._loop.time() >= give_up_s:
+        """A prefill (PD) and a decode or regular worker. Waits for one as `retry` says, then raises `RequestError` (503)."""
+        core, state, config = self._core, self._state, self._core.config.retry
+        give_up_s = self._loop.time() + hold_s(state, config)
+        looks = 0
+        while (pair := core.pick_pair(self._view, state.tried)) is None:
+            left_s = give_up_s - self._loop.time()
+            if left_s <= 0:
                 raise core.nobody_there()
-            await asyncio.sleep(WAIT_FOR_PAIR_S)
+            if not looks:
+                log.info("request waits for a pair request_id=%s", self._request.request_id)
+            await asyncio.sleep(min(left_s, backoff_s(looks, config, core.rng), MAX_LOOK_AGAIN_S))
+            looks += 1
+        state.had_pair = True
+        return pair
 
     async def _try(self, prefill: Worker | None, decode: Worker) -> Answer | Failure | str:
         core = self._core
@@ -364,7 +369,8 @@ class Exchange:
         if self._ended_by == "client":
             self.status = ABORTED_CODE
         elif self._ended_by == "deadline":
-            message = f"The request did not end within its deadline; it was waiting for {stage} ({self.pair})."
+            waited_for = f"{stage} ({self.pair})" if stage != "router" else self._core.who_is_missing() or "another try"
+            message = f"The request did not end within its deadline; it was waiting for {waited_for}."
             self._answer_error(router_error(504, message, kind="deadline_exceeded", stage=stage).info)
         elif self._ended_by == "abort":
             self._answer_error(router_error(ABORTED_CODE, "The request was aborted.", kind="aborted", stage=stage).info)

@@ -1,5 +1,12 @@
-"""What a failed try means: whether another try can help, after how long, and whom it speaks against. Pure."""
+"""What a failed try means: whether another try can help, after how long, and whom it speaks against. Pure.
 
+The rule for workers that are gone: a request for which there was a pair when it came is held until there is one again, for
+`migration_wait_s` and within its deadline, however it learns of the loss (its answer breaks off, a kept-alive connection
+closes, nobody listens, another request or the health check saw it first). A request that comes when there is no pair is
+refused at once. So retries are counted for what workers answer, not for workers that are not there.
+"""
+
+from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -35,7 +42,7 @@ class Failure:
     info: dict[str, Any] = field(default_factory=dict)
     """The worker's error object, when it could be read."""
     peer_url: str = ""
-    """The prefill worker of a decode worker that failed."""
+    """The other worker of the pair."""
     event: bytes = b""
     """The error event of kind `event`."""
 
@@ -52,6 +59,12 @@ class Failure:
     def is_peer_lost(self) -> bool:
         """The KV did not come across: the worker that tells may be well, its peer may be gone."""
         return self.info.get("stage") == "transfer" and self.can_retry
+
+    @property
+    def is_about_peer(self) -> bool:
+        """The peer is as suspect as the worker that tells: the hand-over failed, or decode tells of its prefill."""
+        stage = self.info.get("stage")
+        return stage == "transfer" or (stage == "prefill" and self.role == "decode")
 
     @property
     def can_retry(self) -> bool:
@@ -95,15 +108,18 @@ class RetryState:
     """A worker that had accepted the request is gone: from now on only the deadline ends the search for another."""
     missed_worker: bool = False
     """One that was to get it was gone already: others may be full of what it had, so a full queue is waited for."""
-    tried: set[str] = field(default_factory=set)
-    """URLs of workers to avoid."""
+    had_pair: bool = False
+    """There was a pair for it once."""
+    tried: Counter[str] = field(default_factory=Counter)
+    """Failures by URL of workers to avoid."""
 
     def note(self, failure: Failure) -> None:
         if failure.kind == "stale":
+            self.missed_worker = True
             return
-        self.tried.add(failure.url)
-        if failure.peer_url and failure.info.get("stage") in ("prefill", "transfer"):
-            self.tried.add(failure.peer_url)  # a decode worker tells of its prefill's failure
+        self.tried[failure.url] += 1
+        if failure.peer_url and failure.is_about_peer:
+            self.tried[failure.peer_url] += 1
         if failure.is_worker_lost or failure.is_peer_lost or (failure.kind == "connect" and self.stale):
             # A connection that closed under the request, and then nobody there: the worker may well have had it.
             self.lost_worker = True
@@ -128,9 +144,16 @@ def next_try_s(failure: Failure, state: RetryState, config: RetryConfig, rng: Ra
     if waits_for_room or (failure.kind == "connect" and state.lost_worker):
         state.busy += 1
         return min(backoff_s(state.busy - 1, config, rng), MAX_BUSY_BACKOFF_S)
+    if failure.kind == "connect" and state.tried[failure.url] == 1:
+        return 0.0  # whoever is left can have it at once
     if state.retries >= config.max_retries:
         return None
     state.retries += 1
-    if state.retries == 1 and (failure.kind in ("connect", "stale") or failure.is_worker_lost):
+    if state.retries == 1 and (failure.kind == "stale" or failure.is_worker_lost):
         return 0.0  # another worker can have it at once
     return backoff_s(state.retries - 1, config, rng)
+
+
+def hold_s(state: RetryState, config: RetryConfig) -> float:
+    """How long the request waits for a pair when there is none."""
+    return config.migration_wait_s if state.had_pair and config.max_retries else 0.0
