@@ -58,6 +58,12 @@ class FlushCache(msgspec.Struct, tag="flush_cache", frozen=True):
     call_id: int
 
 
+class ClearStore(msgspec.Struct, tag="clear_store", frozen=True):
+    """Forget every object in the store tier."""
+
+    call_id: int
+
+
 class GetState(msgspec.Struct, tag="get_state", frozen=True):
     call_id: int
 
@@ -68,7 +74,7 @@ class CheckIntegrity(msgspec.Struct, tag="check_integrity", frozen=True):
     call_id: int
 
 
-ToRank = Submit | Abort | FlushCache | GetState | CheckIntegrity
+ToRank = Submit | Abort | FlushCache | ClearStore | GetState | CheckIntegrity
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -105,6 +111,10 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     """With the first output only, when asked for."""
     num_retractions: int = 0
     queue_time_s: float = 0.0
+    cached_host: int = 0
+    """Of `cached_tokens`: loaded from the host tier."""
+    cached_store: int = 0
+    """Of `cached_tokens`: brought from the store."""
 
 
 class StepOutput(msgspec.Struct, tag="step", frozen=True):
@@ -137,10 +147,14 @@ class SchedulerState(msgspec.Struct, tag="state", frozen=True, kw_only=True):
     evictable_pages: int = 0
     protected_pages: int = 0
     in_use_pages: int = 0
+    tiers: dict[str, float] = {}
+    """Numbers of the host tier by name (`kvcache.tiered_cache.TierCounters`); empty without tiers."""
+    store: dict[str, float] = {}
+    """Numbers of the store and its worker by name; empty without a store."""
 
 
 class Reply(msgspec.Struct, tag="reply", frozen=True):
-    """Answer to FlushCache and CheckIntegrity."""
+    """Answer to FlushCache, ClearStore and CheckIntegrity."""
 
     call_id: int
     ok: bool

@@ -44,6 +44,10 @@ class FirstToken(msgspec.Struct, frozen=True):
     """msgpack of `protocol.rank.TokenLogprobs`, or empty."""
     input_logprobs: bytes = b""
     """msgpack of list[TokenLogprobs], or empty."""
+    cached_host: int = 0
+    """Of `cached_tokens`: from the prefill's host tier."""
+    cached_store: int = 0
+    """Of `cached_tokens`: from the store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,13 @@ class Admission:
         self._steps_to_wait = 0
 
     def plan(
-        self, chunked: Request | None, decode: DecodeBatch, num_slots: int, num_mixed: int, held: int
+        self, chunked: Request | None, decode: DecodeBatch, num_slots: int, num_mixed: int, held: int, now: float
     ) -> list[Chunk]:
         """The chunks of this step; the admitted have left the queue and hold handle and pages.
 
         `chunked`: the one request whose prompt is partly computed; it goes first. `num_slots`: requests that may be
         added to the running ones. `num_mixed`: decode rows that share the step. `held`: tokens to keep for requests
-        that are neither waiting nor in `decode`.
+        that are neither waiting nor in `decode`. A request whose prefetch is worth waiting for is passed over.
         """
         if chunked is None and (not self._waiting or num_slots <= 0):
             return []
@@ -88,7 +88,8 @@ class Admission:
                 return []
             chunks.append(chunk)
         if chunked is None or chunks[0].is_last:
-            misfits = self._admit_waiting(chunks, budget, is_alone=chunked is None and not decode and held == 0)
+            is_alone = chunked is None and not decode and held == 0
+            misfits = self._admit_waiting(chunks, budget, is_alone, now)
             if misfits and not chunks and len(decode):
                 self._steps_to_wait, self._rows_when_full = RETRY_STEPS, len(decode)
         return chunks
@@ -110,7 +111,7 @@ class Admission:
         self._charge(req, start, end, budget)
         return Chunk(req, start, end, end == total)
 
-    def _admit_waiting(self, chunks: list[Chunk], budget: _Budget, is_alone: bool) -> int:
+    def _admit_waiting(self, chunks: list[Chunk], budget: _Budget, is_alone: bool, now: float) -> int:
         """Append what is admitted to `chunks`; returns how many did not fit."""
         admitted: list[Request] = []
         misfits = 0
@@ -118,6 +119,8 @@ class Admission:
         for req in self._waiting.in_policy_order():
             if budget.slots <= 0 or budget.input <= 0 or budget.chunk == 0 or may_pass <= 0:
                 break
+            if self._cache.awaits_prefetch(req.rid, now):
+                continue
             chunk = self._try(req, budget, is_first=not chunks, is_alone=is_alone and not chunks)
             if chunk is None:
                 misfits += 1
@@ -139,20 +142,26 @@ class Admission:
         cache, page = self._cache, self._cache.page_size
         total = req.num_tokens
         tokens = req.token_slice(0, total)
-        handle, pages, start = cache.match_prefix(tokens, req.extra_key, max_cached_tokens(req))
+        match = cache.match_prefix(tokens, req.extra_key, max_cached_tokens(req))
+        start = match.num_tokens + match.num_loadable * page
         end = total
         if budget.chunk is not None and end - start > budget.chunk:
             end = start + budget.chunk // page * page
         future = self._future_tokens(req)
-        needed = (-(-(total + future) // page) - len(pages)) * page
+        needed = (-(-(total + future) // page) - len(match.pages)) * page
         fits = is_alone or needed <= cache.num_available * page - budget.reserved
         # A prompt over the step's budget may still go alone: nothing smaller would ever come of waiting.
         in_step = end > start and (is_first or end - start <= budget.input)
-        fresh = cache.allocate(-(-end // page) - len(pages)) if fits and in_step else None
+        fresh = cache.allocate(-(-end // page) - len(match.pages)) if fits and in_step else None
         if fresh is None:
-            cache.release(handle)
+            cache.release(match.handle)
             return None
-        req.handle, req.pages, req.num_computed = handle, pages + fresh, start
+        cached = cache.load(match, fresh[: match.num_loadable])
+        cache.end_prefetch(req.rid)
+        if req.num_cached is None:
+            req.num_cached = min(start, len(req.prompt_ids))
+            req.cached_host, req.cached_store = cached.host, cached.store
+        req.handle, req.pages, req.num_computed = match.handle, match.pages + fresh, start
         self._charge(req, start, end, budget)
         return Chunk(req, start, end, end == total)
 

@@ -40,6 +40,7 @@ class Lifecycle:
             req.input_logprobs_sent = True
         if finish is not None:
             assert self.live.pop(req.rid, None) is req, f"{req.rid} finished twice"
+            self._cache.end_prefetch(req.rid)
         self._outputs.append(
             RequestOutput(
                 rid=req.rid,
@@ -50,6 +51,8 @@ class Lifecycle:
                 input_logprobs=input_logprobs,
                 num_retractions=req.num_retractions,
                 queue_time_s=req.queue_time_s or 0.0,
+                cached_host=req.cached_host,
+                cached_store=req.cached_store,
             )
         )
 
@@ -60,9 +63,10 @@ class Lifecycle:
             return
         self._outputs.append(
             RequestOutput(
-                req.rid, [token_id], None, req.num_cached or 0, [], [], req.num_retractions, req.queue_time_s or 0.0
+                req.rid, [token_id], None, req.num_cached or 0, [], [], req.num_retractions, req.queue_time_s or 0.0,
+                req.cached_host, req.cached_store,
             )
-        )
+        )  # fmt: skip
 
     def take_outputs(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
@@ -71,7 +75,7 @@ class Lifecycle:
     def finish_pages(self, req: Request) -> None:
         """Give the pages back and leave what was computed in the prefix tree."""
         if req.handle is not None:
-            self._cache.finish(req.handle, req.token_slice(0, req.num_computed), req.pages)
+            self._cache.finish(req.handle, req.token_slice(0, req.num_computed), req.pages, req.save_from)
         req.handle, req.pages = None, []
         req.move_to(Status.FINISHED)
 

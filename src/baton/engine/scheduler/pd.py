@@ -133,6 +133,8 @@ def pack_first_token(req: Request, logprobs: TokenLogprobs | None) -> FirstToken
         cached_tokens=req.num_cached or 0,
         logprobs=b"" if logprobs is None else msgspec.msgpack.encode(logprobs),
         input_logprobs=msgspec.msgpack.encode(req.input_logprobs) if req.input_logprobs else b"",
+        cached_host=req.cached_host,
+        cached_store=req.cached_store,
     )
 
 
@@ -174,17 +176,22 @@ class Preallocation:
         cache, page = self._cache, self._cache.page_size
         assert req.bootstrap is not None
         total = req.num_tokens
-        handle, pages, matched = cache.match_prefix(req.token_slice(0, total), req.extra_key, total)
-        missing = -(-total // page) - len(pages)
+        match = cache.match_prefix(req.token_slice(0, total), req.extra_key, total)
+        num_loaded = match.num_loadable
+        matched = match.num_tokens + num_loaded * page
+        missing = -(-total // page) - len(match.pages)
         room = cache.num_available * page - reserved
         own_reserve = min(req.num_output_left, self._config.num_reserved_decode_tokens)
         whole = missing * page + min(req.num_output_left, CLIP_MAX_NEW_TOKENS) - retractable
         fits = is_alone or max(missing * page + own_reserve, whole) <= room
         fresh = cache.allocate(missing) if fits else None
         if fresh is None:
-            cache.release(handle)
+            cache.release(match.handle)
             return False
-        req.handle, req.pages, req.num_computed = handle, pages + fresh, matched
+        cache.load(match, fresh[:num_loaded])
+        first_page_idx = len(match.pages) + num_loaded
+        req.handle, req.pages, req.num_computed = match.handle, match.pages + fresh, matched
+        req.save_from = total // page
         req.move_to(Status.RECEIVING)
         self._counters.transfer_alloc_ms = (now - req.arrival_s) * 1e3
         self._counters.cache_hit_rate = matched / total
@@ -192,5 +199,8 @@ class Preallocation:
         port = req.bootstrap.port if req.bootstrap.port is not None else self._config.default_bootstrap_port
         timeout_s = time_left(req, self._config.receive_timeout_s, now)
         # A copy: the page table grows, the transfer keeps its list.
-        self._rooms.open(req, Receive(req.bootstrap.room, req.bootstrap.host, port, len(pages), list(fresh), timeout_s))
+        received = list(fresh[num_loaded:])
+        self._rooms.open(
+            req, Receive(req.bootstrap.room, req.bootstrap.host, port, first_page_idx, received, timeout_s)
+        )
         return True

@@ -87,6 +87,12 @@ class Request:
     num_computed: int = 0
     num_cached: int | None = None
     """Prompt tokens that the first admission found in the cache; None before it."""
+    cached_host: int = 0
+    """Of `num_cached`: loaded from the host tier."""
+    cached_store: int = 0
+    """Of `num_cached`: brought from the store."""
+    save_from: int = 0
+    """Decode mode: pages before this one came from the prefill worker, which keeps them in the lower tiers itself."""
     queue_time_s: float | None = None
     num_retractions: int = 0
     num_bypassed: int = 0

@@ -17,7 +17,7 @@ import msgspec
 
 from baton.engine.batch import ForwardBatch, ForwardOutput
 from baton.engine.scheduler import pd
-from baton.engine.scheduler.admission import Admission, Chunk
+from baton.engine.scheduler.admission import Admission, Chunk, max_cached_tokens
 from baton.engine.scheduler.assemble import StepPlan, assemble
 from baton.engine.scheduler.audit import audit
 from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
@@ -26,6 +26,7 @@ from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Request, Status
 from baton.engine.scheduler.snapshot import snapshot
 from baton.kvcache.prefix_cache import PrefixCache
+from baton.kvcache.tiers import Copies, StoreAction, StoreEvent
 from baton.protocol.errors import ABORTED_CODE, ErrorInfo, RequestError
 from baton.protocol.rank import Finish, RequestOutput, SchedulerState, Submit, TokenLogprobs
 from baton.transfer.base import Bootstrapped, Event, Failed, Received, Sent
@@ -60,6 +61,9 @@ class Scheduler:
             return [RequestOutput(rid=submit.rid, token_ids=[], finish=done)]
         self._life.admit(req)
         self._admission.wake()
+        if self.config.mode != "decode":
+            tokens = req.token_slice(0, req.num_tokens)
+            self.cache.begin_prefetch(req.rid, tokens, req.extra_key, max_cached_tokens(req), now)
         if req.bootstrap is None:
             self._at.enqueue(req)
         elif self.config.mode == "prefill":
@@ -102,6 +106,12 @@ class Scheduler:
                 self._on_received(event)
             case Failed():
                 self._on_failed(event)
+        self._admission.wake()
+
+    def on_store_event(self, event: StoreEvent, now: float) -> None:
+        """What the store worker's `poll` returned. Not while a step is in flight."""
+        assert self._inflight is None, "apply the step first"
+        self.cache.on_store_event(event, now)
         self._admission.wake()
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -168,9 +178,18 @@ class Scheduler:
         """What to tell the transfer, in order."""
         return self._at.rooms.take_actions()
 
+    def drain_copies(self) -> Copies:
+        """Page copies to carry out before the step that `schedule` returned, and before any action."""
+        return self.cache.take_copies()
+
+    def drain_store_actions(self) -> list[StoreAction]:
+        """What to tell the store's worker, once the copies drained with them were carried out."""
+        return self.cache.take_store_actions()
+
     def next_deadline(self) -> float | None:
         """When `drain_outputs` or `schedule` must be called at the latest, even if nothing else happens."""
-        return self._life.next_deadline()
+        deadlines = (self._life.next_deadline(), self.cache.next_deadline())
+        return min((one for one in deadlines if one is not None), default=None)
 
     @property
     def is_idle(self) -> bool:
@@ -246,7 +265,7 @@ class Scheduler:
         running = len(at.decode) + len(at.ready) + (at.chunked is not None)
         held = int(sum(min(req.num_output_left, CLIP_MAX_NEW_TOKENS) for req in at.ready) * at.ratio.value)
         slots = self.config.max_running_requests - running
-        chunks = self._admission.plan(at.chunked, at.decode, slots, num_mixed, held)
+        chunks = self._admission.plan(at.chunked, at.decode, slots, num_mixed, held, now)
         if chunks:
             at.chunked = None if chunks[-1].is_last else chunks[-1].req
         num_tokens = num_cached = 0
@@ -257,8 +276,6 @@ class Scheduler:
             req.move_to(Status.PREFILLING)
             num_tokens += req.num_tokens
             num_cached += chunk.start
-            if req.num_cached is None:
-                req.num_cached = min(chunk.start, len(req.prompt_ids))
             if req.queue_time_s is None:
                 req.queue_time_s = now - req.arrival_s
             if req.logprob_start == 0 and not req.input_logprobs_sent:
@@ -296,7 +313,8 @@ class Scheduler:
         req = chunk.req
         assert req.handle is not None
         req.num_computed = chunk.end
-        req.handle, req.pages = self.cache.commit(req.handle, req.token_slice(0, chunk.end), req.pages)
+        tokens = req.token_slice(0, chunk.end)
+        req.handle, req.pages = self.cache.commit(req.handle, tokens, req.pages, req.save_from)
         to_peer = self._at.rooms.is_open(req)
         if not chunk.is_last:
             if to_peer:
@@ -354,6 +372,7 @@ class Scheduler:
             return
         req.num_computed = req.num_tokens
         req.num_cached = first.cached_tokens
+        req.cached_host, req.cached_store = first.cached_host, first.cached_store
         if req.num_output_left == 0:
             self._life.emit(req, finish=Finish("length"))
             self._life.finish_pages(req)
