@@ -161,7 +161,8 @@ class Exchange:
         core, state, config = self._core, self._state, self._core.config.retry
         give_up_s = self._loop.time() + hold_s(state, config)
         looks = 0
-        while (pair := core.pick_pair(self._view, state.tried)) is None:
+        pair = core.pick_pair(self._view, state.tried)
+        while pair is None:
             left_s = give_up_s - self._loop.time()
             if left_s <= 0:
                 raise core.nobody_there()
@@ -169,6 +170,8 @@ class Exchange:
                 log.info("request waits for a pair request_id=%s", self._request.request_id)
             await asyncio.sleep(min(left_s, backoff_s(looks, config, core.rng), MAX_LOOK_AGAIN_S))
             looks += 1
+            if not core.registry.missing():  # looking alone neither counts as a choice nor teaches the policies
+                pair = core.pick_pair(self._view, state.tried)
         state.had_pair = True
         return pair
 
