@@ -26,7 +26,7 @@ USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.laun
 _LATER = "not served yet"
 _KERNELS = "kernels are chosen by the device"
 _SINGLE = "a worker is one rank so far"
-_HICACHE = "there is no host or storage tier yet; pages stay on the device"
+_STORES = ("file", "mooncake", "dynamic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +119,18 @@ class EngineArgs:
     speculative_num_draft_tokens: int | None = flag(None, "draft tokens", kind=int, effect="not served", reason="decoding is not speculative; answers are the same")
 
     # Tiers of the KV cache.
-    enable_hierarchical_cache: bool = flag(False, "host and storage tiers", effect="not served", reason=_HICACHE)
-    hicache_ratio: float = flag(2.0, "host tier size by device tier size", effect="not served", reason=_HICACHE)
-    hicache_size: int = flag(0, "host tier size in GB", effect="not served", reason=_HICACHE)
-    hicache_write_policy: str = flag("write_through", "when pages go down a tier", choices=("write_back", "write_through", "write_through_selective"), effect="not served", reason=_HICACHE)
-    hicache_io_backend: str = flag("kernel", "how pages move", effect="not served", reason=_HICACHE)
-    hicache_mem_layout: str = flag("layer_first", "layout of the host tier", effect="not served", reason=_HICACHE)
-    hicache_storage_backend: str | None = flag(None, "storage tier", effect="not served", reason=_HICACHE)
-    hicache_storage_prefetch_policy: str = flag("best_effort", "when to wait for storage", effect="not served", reason=_HICACHE)
-    hicache_storage_backend_extra_config: str | None = flag(None, "JSON for the storage tier", effect="not served", reason=_HICACHE)
-    enable_lmcache: bool = flag(False, "LMCache as the tiers", effect="not served", reason=_HICACHE)
+    enable_hierarchical_cache: bool = flag(False, "keep KV pages in host memory too, and in a store with --hicache-storage-backend")
+    hicache_ratio: float = flag(2.0, "host tier size by device tier size; above 1", minimum=0.0)
+    hicache_size: float = flag(0.0, "host tier size in GB; 0: --hicache-ratio decides", minimum=0.0)
+    hicache_write_policy: Literal["write_back", "write_through", "write_through_selective"] = flag("write_through", "pages go to the host tier when they are computed, at their second use (selective), or when the device evicts them (write_back)", choices=("write_back", "write_through", "write_through_selective"))
+    hicache_eviction_policy: Literal["lru", "lfu"] = flag("lru", "which pages leave the host tier first", choices=("lru", "lfu"))
+    hicache_io_backend: str = flag("kernel", "how pages move", choices=("kernel", "direct"), effect="no effect", reason="whole pages are copied between two steps")
+    hicache_mem_layout: str = flag("layer_first", "layout of the host tier", choices=("layer_first", "page_first", "page_first_direct", "page_head", "page_first_kv_split"), effect="no effect", reason="a page is one contiguous region in every tier")
+    hicache_storage_backend: str | None = flag(None, "store tier: file (a directory of this host), mooncake, or dynamic (a class of yours)")
+    hicache_storage_key_scheme: Literal["rank", "unified"] = flag("rank", "objects of the store: a page with all heads of a rank, or one head each, which workers of any --tp-size share", choices=("rank", "unified"))
+    hicache_storage_prefetch_policy: Literal["best_effort", "wait_complete", "timeout"] = flag("best_effort", "whether a request waits for its pages from the store: never, until they came, or for a while", choices=("best_effort", "wait_complete", "timeout"))
+    hicache_storage_backend_extra_config: str | None = flag(None, "JSON object, or @FILE with one: settings of the store and of the prefetch")
+    enable_lmcache: bool = flag(False, "LMCache as the tiers", effect="not served", reason="use --enable-hierarchical-cache")
 
     # Logs and metrics.
     log_level: str = flag("info", "debug, info, warning, error", choices=("debug", "info", "warning", "error", "critical"))
@@ -155,14 +157,14 @@ class EngineArgs:
     disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
     disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
     disaggregation_ib_device: str | None = flag(None, "RDMA devices", effect="no effect", reason="RDMA is not used")
-    disaggregation_decode_enable_offload_kvcache: bool = flag(False, "decode writes KV back", effect="not served", reason=_HICACHE)
+    disaggregation_decode_enable_offload_kvcache: bool = flag(False, "decode puts the KV of what it generated into the store, for the next turn's prefill")
     disaggregation_decode_polling_interval: int = flag(1, "loops between two polls", minimum=1, effect="no effect", reason="transfers wake the scheduler; nothing polls")
     disaggregation_decode_enable_radix_cache: bool = flag(False, "prefix cache on decode", effect="no effect", reason="it is on unless --disable-radix-cache")
     disaggregation_decode_allocation_policy: str = flag("early", "when decode reserves pages", choices=("early", "prefill_complete"), effect="not served", reason="pages are reserved early", accepts=("early",))
     disaggregation_enable_kv_checksum: bool = flag(False, "check every page", effect="no effect", reason="every page is always checked")
     disaggregation_decode_retraction_backup: str | None = flag(None, "where retracted KV goes", effect="not served", reason="a retracted request keeps what the prefix cache keeps")
     disaggregation_decode_extra_slots: int | None = flag(None, "requests in transfer beside the running ones", kind=int, effect="not served", reason="requests in transfer are bounded by pages")
-    disaggregation_decode_host_receive_threshold: float = flag(1.0, "when to receive into host memory", effect="not served", reason=_HICACHE)
+    disaggregation_decode_host_receive_threshold: float = flag(1.0, "when to receive into host memory", effect="not served", reason="pages are received into the device pool")
     num_reserved_decode_tokens: int = flag(512, "tokens kept free for each running request on decode", minimum=0)
     prefill_round_robin_balance: bool = flag(False, "among data-parallel prefills", effect="no effect", reason=_SINGLE)
     enable_pd_role_switch: bool = flag(False, "change roles while running", effect="not served", reason="a worker keeps its role")
@@ -177,6 +179,11 @@ class EngineArgs:
         """--attention-backend where it names one of ours; SGLang's other names mean "choose"."""
         given = self.attention_backend
         return given if given in ("cpu", "torch_native") else "auto"  # type: ignore[return-value]
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there is a host tier."""
+        return self.enable_hierarchical_cache or self.disaggregation_decode_enable_offload_kvcache
 
     @property
     def name(self) -> str:
@@ -198,10 +205,34 @@ def _refusals(args: EngineArgs) -> list[str]:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
     if args.chunked_prefill_size == 0:
         problems.append("--chunked-prefill-size must be -1 (no chunking) or at least 1, got 0")
+    problems += _tier_refusals(args)
     if args.disaggregation_mode == "decode":
         for field in ("disaggregation_decode_tp", "disaggregation_decode_dp"):
             if getattr(args, field) is not None:
                 problems.append(f"{option(field)} is for prefill workers; this one is decode")
+    return problems
+
+
+def _tier_refusals(args: EngineArgs) -> list[str]:
+    problems: list[str] = []
+    backend = args.hicache_storage_backend
+    offloads = args.disaggregation_decode_enable_offload_kvcache
+    if backend is not None and backend not in _STORES:
+        problems.append(f"--hicache-storage-backend {backend} is not served; use one of {', '.join(_STORES)}")
+    if args.has_tiers and args.disable_radix_cache:
+        problems.append(
+            "--disable-radix-cache leaves nothing for --enable-hierarchical-cache to keep; give one of them"
+        )
+    if args.has_tiers and not args.hicache_size and args.hicache_ratio <= 1:
+        problems.append(
+            f"--hicache-ratio must be above 1, got {args.hicache_ratio:g}: the host tier keeps a copy of the device's pages"
+        )
+    if offloads and args.disaggregation_mode != "decode":
+        problems.append("--disaggregation-decode-enable-offload-kvcache is for --disaggregation-mode decode")
+    if offloads and backend is None:
+        problems.append(
+            "--disaggregation-decode-enable-offload-kvcache needs --hicache-storage-backend: a store is where the prefill finds it"
+        )
     return problems
 
 
@@ -233,6 +264,12 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
     if args.tp_size > 1:
         reason = "a rank is a whole CPU, so one CPU host is one rank" if device == "cpu" else _SINGLE
         notes.append(f"--tp-size {args.tp_size} has no effect: {reason}")
+    if not args.has_tiers:
+        notes += [
+            f"{option(field)} has no effect without --enable-hierarchical-cache"
+            for field, one in flags_of(EngineArgs).items()
+            if field.startswith("hicache_") and one.effect == "effective" and _is_given(args, field)
+        ]
     if args.max_queued_requests is not None and args.disaggregation_mode != "null":
         notes.append(
             "--max-queued-requests has no effect: with prefill-decode disaggregation the router bounds requests"

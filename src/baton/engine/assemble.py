@@ -7,22 +7,20 @@ flags mean to a user (`args`).
 import logging
 import os
 import random
-import time
 from dataclasses import dataclass
 
 import torch
 
 from baton.engine.args import EngineArgs
+from baton.engine.distributed.group import LeaderGroup
+from baton.engine.distributed.runner import LeadingRunner
 from baton.engine.errors import ModelError
-from baton.engine.models.config import load_config
+from baton.engine.load import choose_device, load_model
 from baton.engine.models.spec import ModelConfig
-from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.runner import Runner, kv_page_bytes
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
-from baton.engine.weights.fingerprint import model_fingerprint
-from baton.engine.weights.loader import open_weights
-from baton.engine.weights.names import expected_tensors
-from baton.engine.weights.resolve import resolve_model
+from baton.engine.tiers import Tiers
 from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
 from baton.protocol.pod import listen_host
@@ -34,20 +32,8 @@ from baton.transfer.prefill import open_prefill_transfer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PAGE_SIZE = 16
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "cuda": 4096}
-DEFAULT_CUDA_MEMORY_SHARE = 0.85
-"""Weights and KV pool together, of the device's free memory at start."""
-DEFAULT_CPU_POOL_SHARE = 0.1
-"""KV pool, of the memory that is available at start: a laptop runs several workers and other programs."""
-DTYPES = {
-    "half": torch.float16,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float": torch.float32,
-    "float32": torch.float32,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,110 +41,67 @@ class Engine:
     """The parts of one rank, ready to run."""
 
     scheduler: Scheduler
-    runner: ModelRunner
+    runner: Runner
     transfer: PrefillTransfer | DecodeTransfer | None
     ready: Ready
+    tiers: Tiers | None = None
 
 
-def assemble(args: EngineArgs, wake: Wake) -> Engine:
-    """Load the model and build everything around it. `wake` ends the loop's wait (any thread).
+def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> Engine:
+    """Load the model and build everything around it. `wake` ends the loop's wait (any thread). `group`: the
+    other ranks, if there are any.
 
-    Raises `BatonError` for a model or a flag that cannot be served and `MemoryError` when the pool has no room.
+    Raises what `load_model` raises.
     """
-    started_s = time.monotonic()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args)
     if device.type == "cuda" and args.disaggregation_mode != "null":
         raise ModelError("--disaggregation-mode: handing KV over from GPU memory is not served yet; use --device cpu.")
-    path = resolve_model(args.model_path, args.revision)
-    config = load_config(path, trust_remote_code=args.trust_remote_code)
-    dtype = DTYPES[config.dtype if args.dtype == "auto" else args.dtype]
-    context_len = args.context_length or config.max_position_embeddings
-    page_size = args.page_size or DEFAULT_PAGE_SIZE
-    page_bytes = kv_page_bytes(config, dtype, page_size)
-    num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size)
-    memory, kv = allocate_kv(config, dtype, device, num_pages, page_size)
-    runner = ModelRunner(
-        config,
-        open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0),
-        dtype=dtype,
-        device=device,
-        kv=kv,
-        num_positions=context_len,
-        attention_backend=args.own_attention_backend,
-    )
-    load_weights_s = time.monotonic() - started_s
+    if group is not None and args.disaggregation_mode != "null":
+        raise ModelError("--disaggregation-mode: handing KV over between workers of several ranks is not served yet.")
+    model = load_model(args, device, group)
+    config, memory, num_pages, page_size = model.config, model.memory, model.num_pages, model.page_size
+    runner = model.runner if group is None else LeadingRunner(model.runner, group)
     layout = PageLayout(
-        model=model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0),
-        dtype=str(dtype).removeprefix("torch."),
+        model=model.fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
         page_size=page_size,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        page_bytes=page_bytes,
+        page_bytes=kv_page_bytes(config, model.dtype, page_size, model.shard),
     )
     transfer = None if memory is None else open_transfer(args, memory, layout, wake)
     cache_type = UnsharedCache if args.disable_radix_cache else PrefixCache
     cache = cache_type(num_pages, page_size, args.radix_eviction_policy)
-    scheduler = Scheduler(scheduler_config(args, config, context_len, device), cache, random.Random(args.random_seed))
+    settings = scheduler_config(args, config, model.context_len, device)
+    scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
-        "rank is ready model=%s dtype=%s device=%s attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
-        path, layout.dtype, device, runner.attention_backend, torch.get_num_threads(), num_pages, page_size, context_len,
-        load_weights_s,
+        "rank is ready model=%s dtype=%s device=%s ranks=%d attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
+        model.path, layout.dtype, device, model.shard.size, runner.attention_backend, torch.get_num_threads(), num_pages,
+        page_size, model.context_len, model.load_weights_s,
     )  # fmt: skip
     note_batch_dependence(runner, layout.dtype, device)
     ready = Ready(
         max_total_num_tokens=num_pages * page_size,
-        max_req_input_len=min(context_len, num_pages * page_size) - 1,
-        context_len=context_len,
+        max_req_input_len=min(model.context_len, num_pages * page_size) - 1,
+        context_len=model.context_len,
         vocab_size=config.vocab_size,
         page_size=page_size,
         bootstrap_port=args.disaggregation_bootstrap_port if args.disaggregation_mode == "prefill" else None,
-        load_weights_s=load_weights_s,
+        load_weights_s=model.load_weights_s,
         device=str(device),
         attention_backend=runner.attention_backend,
     )
     return Engine(scheduler, runner, transfer, ready)
 
 
-def note_batch_dependence(runner: ModelRunner, dtype: str, device: torch.device) -> None:
+def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> None:
     """Say once where greedy answers are not promised to be the same bits in every batch."""
     if not runner.is_batch_invariant:
         logger.info(
             "arithmetic depends on the batch here (dtype %s on %s): greedy answers may differ in near-ties between runs",
             dtype, device,
         )  # fmt: skip
-
-
-def choose_num_pages(
-    args: EngineArgs, config: ModelConfig, dtype: torch.dtype, device: torch.device, context_len: int, page_size: int
-) -> int:
-    """Pages of the KV pool: --max-total-tokens, or a share of the memory there is."""
-    if args.max_total_tokens is not None:
-        return max(1, args.max_total_tokens // page_size)
-    page_bytes = kv_page_bytes(config, dtype, page_size)
-    if device.type == "cuda":
-        weights = sum(_product(shape) for shape in expected_tensors(config).values()) * dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(device)
-        budget = free * (args.mem_fraction_static or DEFAULT_CUDA_MEMORY_SHARE) - weights
-        if budget < page_bytes:
-            raise ModelError(
-                f"--mem-fraction-static: weights of {weights / 1e9:.1f} GB leave no room for KV on {device} "
-                f"({free / 1e9:.1f} GB free)."
-            )
-        return int(budget // page_bytes)
-    # At least one sequence of full length must fit, whatever else runs here; memory is taken only when touched.
-    return max(-(-context_len // page_size), int(_available_memory_bytes() * DEFAULT_CPU_POOL_SHARE) // page_bytes)
-
-
-def allocate_kv(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, num_pages: int, page_size: int
-) -> tuple[PageMemory | None, torch.Tensor]:
-    """The KV pool [num_pages, L, 2, K, S, D]: on a CPU over memory that another process can map."""
-    if device.type == "cpu":
-        memory = PageMemory.create(num_pages, kv_page_bytes(config, dtype, page_size))
-        return memory, kv_from_pages(memory.array, config, dtype, page_size)
-    shape = (num_pages, config.num_layers, 2, config.num_kv_heads, page_size, config.head_dim)
-    return None, torch.zeros(shape, dtype=dtype, device=device)
 
 
 def scheduler_config(args: EngineArgs, config: ModelConfig, context_len: int, device: torch.device) -> SchedulerConfig:
@@ -207,14 +150,3 @@ def _dialled(host: str) -> str:
     """An address at which this process reaches what listens on `host`."""
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{local}]" if ":" in local else local
-
-
-def _available_memory_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

@@ -25,6 +25,7 @@ from baton.protocol.errors import BatonError, ErrorInfo
 from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
+    ClearStore,
     Fatal,
     FlushCache,
     GetState,
@@ -48,6 +49,7 @@ class RankLoop:
         self._scheduler = engine.scheduler
         self._runner = engine.runner
         self._transfer = engine.transfer
+        self._tiers = engine.tiers
         self._channel = channel
         self._was_busy = False
         """A batch ran since the last self-check."""
@@ -64,16 +66,27 @@ class RankLoop:
         if self._transfer is not None:
             for event in self._transfer.poll():
                 self._scheduler.on_transfer_event(event, time.monotonic())
+        if self._tiers is not None:
+            for store_event in self._tiers.poll():
+                self._scheduler.on_store_event(store_event, time.monotonic())
         batch = self._scheduler.schedule(time.monotonic())
+        self._move_pages()
         if batch is not None:
             output = self._forward(batch)
             if output is not None:
                 self._publish(self._scheduler.apply(output, time.monotonic()))
         self._publish(self._scheduler.drain_outputs(time.monotonic()))
+        self._move_pages()
         for action in self._scheduler.drain_actions():
             self._perform(action)
         self._was_busy |= batch is not None
         return batch is not None
+
+    def _move_pages(self) -> None:
+        """Between tiers: before a step, since it may write what is to be saved and read what is to be loaded; and after it,
+        so that what it computed is on its way before the loop sleeps."""
+        if self._tiers is not None:
+            self._tiers.move(self._scheduler.drain_copies(), self._scheduler.drain_store_actions())
 
     def _forward(self, batch: ForwardBatch) -> ForwardOutput | None:
         """Run the model. A step that fails (say, the device is out of memory) ends its own requests, not the worker."""
@@ -95,8 +108,11 @@ class RankLoop:
             case FlushCache(call_id):
                 done = self._scheduler.flush_cache()
                 self._channel.send(Reply(call_id, done, "" if done else "requests are running or waiting"))
+            case ClearStore(call_id):
+                self._channel.send(self._clear_store(call_id))
             case GetState(call_id):
-                self._channel.send(msgspec.structs.replace(self._scheduler.state(), call_id=call_id))
+                store = {} if self._tiers is None else self._tiers.store_stats()
+                self._channel.send(msgspec.structs.replace(self._scheduler.state(), call_id=call_id, store=store))
             case CheckIntegrity(call_id):
                 self._channel.send(self._check_integrity(call_id))
             case _:
@@ -108,6 +124,12 @@ class RankLoop:
         except AssertionError as broken:
             return Reply(call_id, False, str(broken))
         return Reply(call_id, True)
+
+    def _clear_store(self, call_id: int) -> Reply:
+        if self._tiers is None or not self._tiers.has_store:
+            return Reply(call_id, False, "there is no storage tier; start the worker with --hicache-storage-backend")
+        problem = self._tiers.clear_store()
+        return Reply(call_id, not problem, problem)
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         if outputs:

@@ -108,8 +108,17 @@ class CompletionRequest(_SamplingFields, kw_only=True):
     response_format: dict[str, Any] | None = None
 
 
-class PromptTokensDetails(msgspec.Struct):
-    cached_tokens: int = 0
+class CachedTokensDetails(msgspec.Struct):
+    """Where cached prompt tokens came from (SGLang's names)."""
+
+    device: int = 0
+    host: int = 0
+    storage: int = 0
+
+
+class PromptTokensDetails(msgspec.Struct, omit_defaults=True):
+    cached_tokens: int
+    cached_tokens_details: CachedTokensDetails | None = None
 
 
 class Usage(msgspec.Struct):

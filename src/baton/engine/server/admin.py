@@ -163,6 +163,12 @@ async def flush_cache(ctx: ServerContext, request: Request) -> Response:
     return Response(FLUSH_BODY, 200 if reply.ok else 400, media_type="text/plain")
 
 
+async def clear_store(ctx: ServerContext, request: Request) -> Response:
+    reply = await ctx.client.clear_store()
+    text = "Hierarchical cache storage backend cleared.\n" if reply.ok else f"Not cleared: {reply.message}\n"
+    return Response(text, 200 if reply.ok else 400, media_type="text/plain")
+
+
 async def abort_request(ctx: ServerContext, request: Request) -> Response:
     body = convert(await read_object(request), AbortRequest)
     if not body.abort_all and not body.rid:

@@ -40,6 +40,7 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Handler], ...] = (
     ("/weight_version", ("GET",), admin.weight_version),
     ("/get_load", ("GET",), admin.load),
     ("/flush_cache", ("GET", "POST"), admin.flush_cache),
+    ("/clear_hicache_storage_backend", ("GET", "POST"), admin.clear_store),
     ("/abort_request", ("POST",), admin.abort_request),
     ("/generate", ("POST", "PUT"), generate),
     ("/v1/models", ("GET",), admin.models),

@@ -1,8 +1,6 @@
 """POST /v1/chat/completions in SGLang 0.4.10's shape: messages through the model's template, streamed or not."""
 
-import json
 import time
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -50,6 +48,7 @@ from baton.protocol.openai import (
     UsageChunk,
 )
 from baton.protocol.rank import TokenLogprobs
+from baton.text.messages import chat_prompt
 
 
 async def chat_completions(ctx: ServerContext, request: Request) -> Response:
@@ -94,54 +93,15 @@ async def _input_ids(ctx: ServerContext, body: ChatCompletionRequest) -> list[in
     tokenizer = ctx.need_tokenizer()
     if ctx.chat_template is None:
         raise bad_request("this model has no chat template: give --chat-template, or use /v1/completions.", "messages")
-    takes_parts = ctx.chat_template.takes_content_parts
-    messages = [_message(one, index, takes_parts) for index, one in enumerate(body.messages)]
-    prefix = ""
-    if body.continue_final_message:
-        if messages[-1]["role"] != "assistant" or not isinstance(messages[-1].get("content"), str):
-            raise bad_request("continue_final_message needs a last message of the assistant, with text.", "messages")
-        prefix = messages.pop()["content"]
-    extra = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        extra.setdefault("reasoning_effort", body.reasoning_effort)
-    text = ctx.chat_template.render(messages, extra=extra) + prefix
+    text = chat_prompt(
+        ctx.chat_template,
+        body.messages,
+        template_kwargs=body.chat_template_kwargs,
+        reasoning_effort=body.reasoning_effort,
+        continue_final_message=bool(body.continue_final_message),
+    )
     # The template writes the special tokens itself.
     return await tokenizer.encode_async(text, add_special_tokens=False)
-
-
-def _message(raw: dict[str, Any], index: int, takes_parts: bool) -> dict[str, Any]:
-    """One message as a template expects it: text content, tool-call arguments as objects."""
-    where = f"messages[{index}]"
-    message = dict(raw)
-    if not isinstance(message.get("role"), str):
-        raise bad_request(f"{where}.role must be text.", f"{where}.role")
-    content = message.get("content")
-    if isinstance(content, list):
-        texts = [_part_text(part, f"{where}.content[{place}]") for place, part in enumerate(content)]
-        message["content"] = content if takes_parts else " ".join(texts)
-    elif content is None and (message["role"] == "assistant" and message.get("tool_calls")):
-        message["content"] = ""
-    elif not isinstance(content, str):
-        raise bad_request(f"{where}.content must be text or a list of parts.", f"{where}.content")
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except ValueError:
-                raise bad_request(f"{where}.tool_calls: arguments must be JSON.", f"{where}.tool_calls") from None
-    return message
-
-
-def _part_text(part: object, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise bad_request(f"{where}.type {kind!r} is not supported: only text.", f"{where}.type")
-    if not isinstance(part.get("text"), str):
-        raise bad_request(f"{where}.text must be text.", f"{where}.text")
-    return str(part["text"])
 
 
 class ChatWriter:

@@ -22,6 +22,7 @@ from baton.protocol.errors import ABORTED_CODE, WORKER_LOST, BatonError, ErrorIn
 from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
+    ClearStore,
     Fatal,
     Finish,
     FlushCache,
@@ -40,6 +41,9 @@ CALL_TIMEOUT_S = 20.0
 """How long a call may stay unanswered before the rank counts as hung (SGLang's health check time-out)."""
 DEADLINE_GRACE_S = 2.0
 """The rank ends a request at its deadline; this process only steps in when it has not."""
+
+
+CallType = type[GetState] | type[FlushCache] | type[ClearStore] | type[CheckIntegrity]
 
 
 class RankLostError(BatonError):
@@ -143,6 +147,11 @@ class EngineClient:
         assert isinstance(answer, Reply)
         return answer
 
+    async def clear_store(self, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
+        answer = await self._call(ClearStore, timeout_s)
+        assert isinstance(answer, Reply)
+        return answer
+
     async def check_integrity(self, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
         answer = await self._call(CheckIntegrity, timeout_s)
         assert isinstance(answer, Reply)
@@ -186,9 +195,7 @@ class EngineClient:
                 # Sequences may wait long for good reasons; a rank that is alive still answers this.
                 self._ask(GetState)
 
-    def _ask(
-        self, message_type: type[GetState] | type[FlushCache] | type[CheckIntegrity]
-    ) -> "asyncio.Future[Reply | SchedulerState]":
+    def _ask(self, message_type: CallType) -> "asyncio.Future[Reply | SchedulerState]":
         if self.lost_reason is not None:
             raise RankLostError(self.lost_reason)
         call_id = next(self._call_ids)
@@ -197,9 +204,7 @@ class EngineClient:
         self._channel.send(message_type(call_id))
         return answer
 
-    async def _call(
-        self, message_type: type[GetState] | type[FlushCache] | type[CheckIntegrity], timeout_s: float
-    ) -> Reply | SchedulerState:
+    async def _call(self, message_type: CallType, timeout_s: float) -> Reply | SchedulerState:
         answer = self._ask(message_type)
         try:
             return await asyncio.wait_for(asyncio.shield(answer), timeout_s)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from baton.engine.args import EngineArgs
-from baton.engine.chat_template import ChatTemplate
 from baton.engine.server.client import EngineClient
 from baton.engine.server.metrics import SchedulerMetrics
 from baton.engine.tokenizer import TextTokenizer
 from baton.protocol.errors import Stage, bad_request
 from baton.protocol.rank import Ready
+from baton.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from baton.engine.detokenizer import OutputText, Vocabulary
 from baton.protocol.errors import ErrorInfo
+from baton.protocol.openai import CachedTokensDetails
 from baton.protocol.rank import Abort, Finish, RequestOutput, Submit, TokenLogprobs
 
 
@@ -59,6 +60,8 @@ class Generation:
         self.input_logprobs: list[TokenLogprobs] = []
         self.finish: Finish | None = None
         self.cached_tokens = 0
+        self.cached_host = self.cached_store = 0
+        """Of `cached_tokens`: from the host tier, from the store."""
         self.num_retractions = 0
         self.queue_time_s = 0.0
         self.timings = Timings(time.monotonic())
@@ -115,6 +118,7 @@ class Generation:
             if self.timings.first_token is None:
                 self.timings.first_token = self.timings.last_token
             self.cached_tokens = row.cached_tokens
+            self.cached_host, self.cached_store = row.cached_host, row.cached_store
         self.num_retractions = max(self.num_retractions, row.num_retractions)
         self.queue_time_s = max(self.queue_time_s, row.queue_time_s)
         self.input_logprobs += row.input_logprobs
@@ -172,6 +176,15 @@ class Generation:
         if sampling.max_new_tokens is not None and len(token_ids) >= sampling.max_new_tokens:
             self.end(Finish("length"))
         self.take()
+
+
+def cached_details(generations: Sequence[Generation], *, is_wanted: bool) -> CachedTokensDetails | None:
+    """Cached prompt tokens of `generations` by tier. None on a worker without tiers, unless a peer's tiers were used."""
+    host = sum(one.cached_host for one in generations)
+    store = sum(one.cached_store for one in generations)
+    if not is_wanted and not host and not store:
+        return None
+    return CachedTokensDetails(sum(one.cached_tokens for one in generations) - host - store, host, store)
 
 
 def _output_text(submit: Submit, vocabulary: Vocabulary | None) -> OutputText | None:

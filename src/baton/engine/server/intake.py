@@ -20,6 +20,7 @@ from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.hops import REQUEST_ID_HEADER, RESUME_FIELD, TIMEOUT_HEADER, TOKEN_IDS_HEADER, Resume
 from baton.protocol.rank import Bootstrap, Submit
 from baton.protocol.sampling import SamplingParams
+from baton.text.messages import join_keys as join_keys
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_SEQUENCES = 4096
@@ -242,11 +243,6 @@ def check_token_ids(ctx: ServerContext, token_ids: Sequence[int], field: str) ->
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < ctx.ready.vocab_size):
         bad = next(one for one in token_ids if not 0 <= one < ctx.ready.vocab_size)
         raise bad_request(f"{field} must be in [0, {ctx.ready.vocab_size}), got {bad}.", field)
-
-
-def join_keys(*parts: str | None) -> str | None:
-    """cache_salt and extra_key make one isolation key, as in SGLang."""
-    return "".join(part for part in parts if part) or None
 
 
 def _sampling_of(sampling: SamplingParams, sample_idx: int, n: int) -> SamplingParams:

@@ -21,7 +21,6 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from baton.engine.args import EngineArgs, start_notes
-from baton.engine.chat_template import ChatTemplate
 from baton.engine.errors import ModelError
 from baton.engine.server.admin import fake_bootstrap
 from baton.engine.server.app import build_app
@@ -34,6 +33,7 @@ from baton.engine.tokenizer import TextTokenizer, open_tokenizer
 from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready, Submit
 from baton.protocol.sampling import SamplingParams
+from baton.text.chat_template import ChatTemplate
 from baton.transfer.bootstrap import bootstrap_app
 
 logger = logging.getLogger(__name__)

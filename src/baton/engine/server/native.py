@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
-from baton.engine.server.generation import Generation, Job
+from baton.engine.server.generation import Generation, Job, cached_details
 from baton.engine.server.intake import (
     Handover,
     Hop,
@@ -179,6 +179,9 @@ class GenerateWriter:
             meta |= self._logprobs(one)
         meta["completion_tokens"] = one.completion_tokens
         meta["cached_tokens"] = one.cached_tokens
+        details = cached_details([one], is_wanted=self._ctx.args.has_tiers)
+        if details is not None:
+            meta["cached_tokens_details"] = details
         if one.timings.finished is not None:
             meta["e2e_latency"] = one.timings.finished - one.timings.created
         return meta

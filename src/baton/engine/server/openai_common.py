@@ -6,7 +6,7 @@ import msgspec
 
 from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.context import ServerContext
-from baton.engine.server.generation import Generation
+from baton.engine.server.generation import Generation, cached_details
 from baton.engine.server.intake import Handover, Hop, join_keys
 from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.openai import (
@@ -92,6 +92,7 @@ def usage_of(
     which leave out what had finished before a stream was resumed."""
     n = body.n or 1
     prompt = completion = cached = 0
+    prompts: list[Generation] = []
     seen: set[int] = set()
     for one in generations:
         completion += one.completion_tokens
@@ -99,10 +100,14 @@ def usage_of(
             seen.add(one.index // n)
             prompt += one.prompt_tokens
             cached += one.cached_tokens
+            prompts.append(one)
     reports_cache = ctx.args.enable_cache_report or bool(body.return_cached_tokens)
     if prompt_tokens is not None:
         prompt = prompt_tokens
-    return Usage(prompt, prompt + completion, completion, PromptTokensDetails(cached) if reports_cache else None)
+    details = (
+        PromptTokensDetails(cached, cached_details(prompts, is_wanted=ctx.args.has_tiers)) if reports_cache else None
+    )
+    return Usage(prompt, prompt + completion, completion, details)
 
 
 def usage_event(chunk: UsageChunk) -> bytes:
