@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from baton.engine.chat_template import ChatTemplate
 from baton.engine.errors import ModelError
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
 from baton.protocol.errors import RequestError
+from baton.text.chat_template import ChatTemplate
 
 TEXTS = ["Hello", " two  spaces", "line\nbreak\t", "🏃🏽‍♀️ é 漢字", "<|im_start|>user\nhi<|im_end|>", "1234567 + 1", ""]
 MESSAGES: list[list[dict[str, Any]]] = [

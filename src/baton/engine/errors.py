@@ -1,14 +1,5 @@
-"""What can go wrong while a model is opened: one line, naming the file and the field or tensor."""
+"""What can go wrong while a model is opened, under the name that the engine knows it by."""
 
-from pathlib import Path
+from baton.text.errors import ModelError, bad_model
 
-from baton.protocol.errors import BatonError
-
-
-class ModelError(BatonError):
-    """A model directory, GGUF file or hub id that cannot be served as it is."""
-
-
-def bad_model(path: Path, problem: str) -> ModelError:
-    """A `ModelError` whose message is `path: problem` on one line."""
-    return ModelError(f"{path}: {' '.join(problem.split())}")
+__all__ = ["ModelError", "bad_model"]

@@ -22,6 +22,15 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
+class KvSource:
+    """Where a worker's KV events come from."""
+
+    endpoint: str
+    replay_endpoint: str | None = None
+    topic: str = ""
+
+
+@dataclass(frozen=True)
 class CacheAwareConfig:
     threshold: float = 0.3
     """A worker whose tree matches more than this share of the request's text gets the request."""
@@ -31,6 +40,8 @@ class CacheAwareConfig:
     max_tree_size: int = 2**26
     """Bytes of text remembered per worker."""
     eviction_interval_s: float = 60.0
+    max_kv_blocks: int = 2**20
+    """Blocks remembered per worker from its KV events; a block takes about 300 bytes here."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,12 @@ class RouterConfig:
     prometheus_host: str = "127.0.0.1"
     prometheus_port: int | None = None
     """A second listener for /metrics; None: only the main port."""
+    kv_sources: dict[str, KvSource] = field(default_factory=dict)
+    """Worker URL -> its KV events, for workers that do not tell by themselves (`kv_feed`)."""
+    tokenizer: str | None = None
+    """Directory of the workers' tokenizer and chat template; None: only prompts of token ids are placed by KV events."""
+    chat_template: str | None = None
+    """Jinja file in place of the directory's."""
     duration_buckets_s: tuple[float, ...] = DURATION_BUCKETS_S
     """Upper bounds of the duration histograms, ascending."""
     log_level: str = "info"

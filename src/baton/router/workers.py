@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from baton.router.breaker import CircuitBreaker
 from baton.router.config import BreakerConfig, Role, WorkerSpec
+from baton.router.kv_index import Prompt
 from baton.router.policies import Policy
 from baton.router.upstream import Pool
 
@@ -94,7 +95,9 @@ class Registry:
         self.policies[worker.role].forget(worker.url)
         worker.pool.close()
 
-    def pick(self, role: Role, key: bytes, exclude: Collection[str], now_s: float) -> Worker | None:
+    def pick(
+        self, role: Role, key: bytes, exclude: Collection[str], now_s: float, prompt: Prompt | None = None
+    ) -> Worker | None:
         """Who gets the request; None: no worker of `role` is available.
 
         Workers in `exclude` and those with an open breaker are avoided while there are others: a breaker protects from
@@ -107,7 +110,7 @@ class Registry:
             view = [worker for worker in view if worker.url not in exclude] or view
         if not view:
             return None
-        chosen = self.policies[role].choose(key, view)
+        chosen = self.policies[role].choose(key, view, prompt)
         chosen.selections += 1
         return chosen
 
