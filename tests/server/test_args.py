@@ -25,8 +25,30 @@ def test_manifests_commands_are_understood() -> None:
     args = engine_args(SEED_PREFILL.split())
     assert (args.tp_size, args.port, args.host, args.disaggregation_bootstrap_port) == (2, 8000, "10.1.2.3", 34000)
     assert (args.disaggregation_mode, args.enable_metrics, args.name) == ("prefill", True, "/models/Qwen3-32B/")
-    # Several nodes are refused by name until they are served; everything else of such a command is understood.
-    assert problems(SEED_MULTI_NODE) == ["--nnodes 2: a worker is one rank so far, on one node"]
+    # Tiers of several ranks are refused by name until they are served; everything else of such a command is understood.
+    (problem,) = problems(SEED_MULTI_NODE)
+    assert problem.startswith("--enable-hierarchical-cache with --nnodes above 1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--tp 3 --nnodes 2 --dist-init-addr h:1", "--tp-size 3 must be a multiple of --nnodes 2"),
+        ("--tp 2 --nnodes 2", "--nnodes above 1 needs --dist-init-addr HOST:PORT"),
+        ("--dist-init-addr 20000", "--dist-init-addr must be HOST:PORT, got '20000'"),
+        ("--tp 2 --nnodes 2 --node-rank 2 --dist-init-addr h:1", "--node-rank must be below --nnodes (2), got 2"),
+        ("--pp 2", "--pp-size 2: pipelines are not served yet"),
+        ("--dp 2", "--dp-size 2: start several workers behind a router instead"),
+        ("--ep 2", "--ep-size 2: expert parallelism is not served"),
+        (
+            "--tp 2 --nnodes 2 --dist-init-addr h:1 --disaggregation-mode prefill",
+            "--disaggregation-mode prefill with --nnodes",
+        ),
+    ],
+)
+def test_parallel_layouts_that_cannot_be_are_named(flags: str, named: str) -> None:
+    (problem,) = problems(f"--model m {flags}")
+    assert problem.startswith(named)
 
 
 def test_defaults_are_sglangs() -> None:
@@ -112,7 +134,7 @@ def test_flags_without_effect_are_named_with_the_reason_once() -> None:
     notes = start_notes(engine_args(command.split()), "cpu")
     assert "--trust-remote-code has no effect: no code from a model directory is ever run" in notes
     for name in ("--mem-fraction-static", "--disable-cuda-graph", "--attention-backend", "--speculative-algorithm",
-                 "--tp-size 2", "--max-queued-requests"):  # fmt: skip
+                 "--max-queued-requests"):  # fmt: skip
         assert len([note for note in notes if note.startswith(name)]) == 1, name
     on_gpu = start_notes(engine_args(command.split()), "cuda")
     assert not [note for note in on_gpu if note.startswith("--mem-fraction-static")]

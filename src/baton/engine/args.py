@@ -25,7 +25,8 @@ from baton.protocol.pod import manifest_path
 USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.launch_server takes the same)"
 _LATER = "not served yet"
 _KERNELS = "kernels are chosen by the device"
-_SINGLE = "a worker is one rank so far"
+_SINGLE = "handing KV over between workers of several ranks is not served yet"
+_ONE_ENGINE = "a worker is one engine; start several behind a router instead"
 _STORES = ("file", "mooncake", "dynamic")
 
 
@@ -96,13 +97,14 @@ class EngineArgs:
     tp_size: int = flag(1, "tensor-parallel ranks", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
     pp_size: int = flag(1, "pipeline stages", aliases=("--pp", "--pipeline-parallel-size"), minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
     dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
-    ep_size: int = flag(1, "expert-parallel ranks", aliases=("--ep", "--expert-parallel-size"), minimum=1, effect="no effect", reason=_SINGLE)
-    load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_SINGLE)
-    dist_init_addr: str | None = flag(None, "host:port where several nodes meet", aliases=("--nccl-init-addr",), effect="no effect", reason=f"{_SINGLE}, on one node")
-    nnodes: int = flag(1, "nodes of this worker", minimum=1, effect="refused", reason=f"{_SINGLE}, on one node", accepts=("1",))
+    ep_size: int = flag(1, "expert-parallel ranks", aliases=("--ep", "--expert-parallel-size"), minimum=1, effect="refused", reason="expert parallelism is not served; with --tp-size every rank computes a part of every layer", accepts=("1",))
+    load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_ONE_ENGINE)
+    dist_init_addr: str | None = flag(None, "HOST:PORT where the ranks meet, on the host of --node-rank 0", aliases=("--nccl-init-addr",))
+    nnodes: int = flag(1, "nodes of this worker; only --node-rank 0 serves HTTP, the others at most /health (with --port)", minimum=1)
     node_rank: int = flag(0, "this node's number", minimum=0)
+    dist_timeout: int | None = flag(None, "seconds that a rank waits for the others at start; none: 1800", kind=int, minimum=1)
     base_gpu_id: int = flag(0, "first GPU", minimum=0, effect="not served", reason="the current CUDA device is used; choose it with CUDA_VISIBLE_DEVICES")
-    gpu_id_step: int = flag(1, "GPUs between two ranks", minimum=1, effect="no effect", reason=_SINGLE)
+    gpu_id_step: int = flag(1, "GPUs between two ranks", minimum=1, effect="not served", reason="ranks of a host use consecutive GPUs")
 
     # Kernels.
     attention_backend: str | None = flag(None, "attention kernels: torch_native or cpu; none: the device's best", effect="not served", reason=_KERNELS, accepts=("torch_native", "cpu", "auto"))
@@ -166,7 +168,7 @@ class EngineArgs:
     disaggregation_decode_extra_slots: int | None = flag(None, "requests in transfer beside the running ones", kind=int, effect="not served", reason="requests in transfer are bounded by pages")
     disaggregation_decode_host_receive_threshold: float = flag(1.0, "when to receive into host memory", effect="not served", reason="pages are received into the device pool")
     num_reserved_decode_tokens: int = flag(512, "tokens kept free for each running request on decode", minimum=0)
-    prefill_round_robin_balance: bool = flag(False, "among data-parallel prefills", effect="no effect", reason=_SINGLE)
+    prefill_round_robin_balance: bool = flag(False, "among data-parallel prefills", effect="no effect", reason=_ONE_ENGINE)
     enable_pd_role_switch: bool = flag(False, "change roles while running", effect="not served", reason="a worker keeps its role")
     pdlb_url: str | None = flag(None, "register with a load balancer", effect="not served", reason="name this worker on the router's command line")
 
@@ -186,6 +188,11 @@ class EngineArgs:
         return self.enable_hierarchical_cache or self.disaggregation_decode_enable_offload_kvcache
 
     @property
+    def dist_timeout_s(self) -> float:
+        """How long ranks wait for one another at start (torch.distributed's default, which SGLang keeps)."""
+        return float(self.dist_timeout or 1800)
+
+    @property
     def name(self) -> str:
         """What the OpenAI routes call the model."""
         return self.served_model_name or manifest_path(self.model_path)
@@ -196,6 +203,14 @@ def _is_given(args: EngineArgs, field: str) -> bool:
     return bool(getattr(args, field) != default)
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """--dist-init-addr as (host, port). Raises ValueError."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"--dist-init-addr must be HOST:PORT, got {address!r}")
+    return host.strip("[]"), int(port)
+
+
 def _refusals(args: EngineArgs) -> list[str]:
     problems: list[str] = []
     for field, one in flags_of(EngineArgs).items():
@@ -203,6 +218,21 @@ def _refusals(args: EngineArgs) -> list[str]:
             problems.append(f"{option(field)} {getattr(args, field)}: {one.reason}")
     if args.node_rank >= args.nnodes:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
+    if args.tp_size % args.nnodes:
+        problems.append(f"--tp-size {args.tp_size} must be a multiple of --nnodes {args.nnodes}")
+    if args.nnodes > 1 and args.has_tiers:
+        problems.append(
+            "--enable-hierarchical-cache with --nnodes above 1: host and store tiers of several ranks are not served yet"
+        )
+    if args.nnodes > 1 and args.disaggregation_mode != "null":
+        problems.append(f"--disaggregation-mode {args.disaggregation_mode} with --nnodes above 1: {_SINGLE}")
+    if args.nnodes > 1 and args.dist_init_addr is None:
+        problems.append("--nnodes above 1 needs --dist-init-addr HOST:PORT, where the nodes meet")
+    if args.dist_init_addr is not None:
+        try:
+            split_address(args.dist_init_addr)
+        except ValueError as error:
+            problems.append(str(error))
     if args.chunked_prefill_size == 0:
         problems.append("--chunked-prefill-size must be -1 (no chunking) or at least 1, got 0")
     problems += _tier_refusals(args)
@@ -261,9 +291,6 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
         if not silent and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
             verb = "is not served" if one.effect == "not served" else "has no effect"
             notes.append(f"{option(field)} {verb}: {one.reason}")
-    if args.tp_size > 1:
-        reason = "a rank is a whole CPU, so one CPU host is one rank" if device == "cpu" else _SINGLE
-        notes.append(f"--tp-size {args.tp_size} has no effect: {reason}")
     if not args.has_tiers:
         notes += [
             f"{option(field)} has no effect without --enable-hierarchical-cache"

@@ -58,6 +58,8 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         raise ModelError("--disaggregation-mode: handing KV over from GPU memory is not served yet; use --device cpu.")
     if group is not None and args.disaggregation_mode != "null":
         raise ModelError("--disaggregation-mode: handing KV over between workers of several ranks is not served yet.")
+    if group is not None and args.has_tiers:
+        raise ModelError("--enable-hierarchical-cache: host and store tiers of several ranks are not served yet.")
     model = load_model(args, device, group)
     config, memory, num_pages, page_size = model.config, model.memory, model.num_pages, model.page_size
     runner = model.runner if group is None else LeadingRunner(model.runner, group)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args
+from baton.engine.distributed.node import run_node
 from baton.engine.server.channel import ChannelAddress
 from baton.engine.server.main import bind, run_server
 from baton.engine.weights.resolve import resolve_model
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     log_format = f"%(asctime)s {args.disaggregation_mode} %(name)s %(levelname)s %(message)s"
     logging.basicConfig(level=args.log_level.upper(), format=log_format)
     try:
-        return run_worker(args, argv)
+        return run_worker(args, argv) if args.node_rank == 0 else run_node(args, argv)
     except (BatonError, OSError) as error:
         logger.error("the worker cannot start: %s", error)
         return 1

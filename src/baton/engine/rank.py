@@ -5,9 +5,7 @@ nothing to do it sleeps in one wait over its socket, the transfer's wake-up and 
 scheduler's; `assemble` puts the parts together.
 """
 
-import ctypes
 import logging
-import os
 import signal
 import sys
 import time
@@ -19,6 +17,8 @@ import msgspec
 from baton.engine.args import EngineArgs, parse_engine_args
 from baton.engine.assemble import Engine, assemble
 from baton.engine.batch import ForwardBatch, ForwardOutput
+from baton.engine.distributed.lead import lead_group
+from baton.engine.distributed.processes import die_with_parent
 from baton.engine.scheduler.pd import AbortTransfer, Action, Expect, Receive, SendPages
 from baton.engine.server.channel import ChannelAddress, RankChannel
 from baton.protocol.errors import BatonError, ErrorInfo
@@ -38,8 +38,6 @@ from baton.protocol.rank import (
 from baton.transfer.base import DecodeTransfer, PrefillTransfer
 
 logger = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1
 
 
 class RankLoop:
@@ -164,18 +162,13 @@ class RankLoop:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """The kernel kills this process when its HTTP process is gone, however that ended."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the HTTP process ended while the rank was starting")
-
-
-def serve_rank(args: EngineArgs, address: ChannelAddress) -> int:
+def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) -> int:
     """Load the model, say `Ready`, run. Returns an exit status if it cannot start."""
     channel = RankChannel(address)
+    group = None
     try:
-        engine = assemble(args, channel.wake)
+        group = lead_group(args, flags, address)
+        engine = assemble(args, channel.wake, group)
         channel.send(engine.ready)
         RankLoop(engine, channel).run()
     except (BatonError, OSError, MemoryError) as error:
@@ -186,6 +179,8 @@ def serve_rank(args: EngineArgs, address: ChannelAddress) -> int:
         channel.send(Fatal(f"{type(error).__name__}: {error}"))
         raise
     finally:
+        if group is not None:
+            group.close("rank 0 ended")
         channel.close()
     return 0
 
@@ -199,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     args = parse_engine_args(flags)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s rank %(name)s %(levelname)s %(message)s")
-    return serve_rank(args, ChannelAddress(directory))
+    return serve_rank(args, flags, ChannelAddress(directory))
 
 
 if __name__ == "__main__":

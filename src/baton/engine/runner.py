@@ -6,7 +6,8 @@ chosen (sampling/), who allocates the pool's memory and pages.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,6 +47,15 @@ def kv_from_pages(
     if pages.dtype != np.uint8 or pages.shape[1:] != (kv_page_bytes(config, dtype, page_size, shard),):
         raise ValueError(f"KV pages of shape {pages.shape} {pages.dtype} do not hold {shape[1:]} of {dtype}")
     return torch.from_numpy(pages).view(dtype).view(shape)
+
+
+class Runner(Protocol):
+    """What runs steps for the scheduler: this rank's model, or a group's."""
+
+    is_batch_invariant: bool
+    attention_backend: str
+
+    def forward(self, batch: ForwardBatch) -> ForwardOutput: ...
 
 
 class ModelRunner:
@@ -104,31 +114,47 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         """Compute the batch's new tokens, write their KV, draw one token for each of `batch.samples`."""
         hidden = self._decoder.forward(batch)
-        ends = np.cumsum(batch.query_lens, dtype=np.int64)
-        prompt_logprobs = [self._prompt_logprobs(hidden, batch, ends, row) for row in batch.prompt_logprobs]
+        rows = iter(logit_rows(batch))
+        prompt_logprobs = [self._prompt_logprobs(hidden, row, rows) for row in batch.prompt_logprobs]
         if not batch.samples:
             return ForwardOutput([], [], prompt_logprobs)
-        rows = ends[[sample.seq_idx for sample in batch.samples]] - 1
-        token_ids, logprobs = self._sampler.sample(hidden.logits(rows), batch.samples)
+        token_ids, logprobs = self._sampler.sample(hidden.logits(next(rows)), batch.samples)
         return ForwardOutput(token_ids, logprobs, prompt_logprobs)
 
+    def follow(self, batch: ForwardBatch, rows: Iterable[NDArray[np.int64]]) -> None:
+        """This rank's part of a step that another rank leads; `rows`: that rank's `logit_rows`."""
+        hidden = self._decoder.forward(batch)
+        for one in rows:
+            hidden.logits(one)
+
     def _prompt_logprobs(
-        self, hidden: HiddenStates, batch: ForwardBatch, ends: NDArray[np.int64], row: PromptLogprobsRow
+        self, hidden: HiddenStates, row: PromptLogprobsRow, rows: Iterator[NDArray[np.int64]]
     ) -> list[TokenLogprobs]:
-        seq = row.seq_idx
-        start = int(ends[seq] - batch.query_lens[seq])
-        first_query_position = int(batch.context_lens[seq] - batch.query_lens[seq])
-        first_row = start + row.first_position - 1 - first_query_position
-        assert first_row >= start, "the row before the first wanted position is in this step's query"
         done: list[TokenLogprobs] = []
         for offset in range(0, len(row.token_ids), LOGPROB_ROWS):
             token_ids = row.token_ids[offset : offset + LOGPROB_ROWS]
-            rows = np.arange(first_row + offset, first_row + offset + len(token_ids), dtype=np.int64)
             part = PromptLogprobsRow(
-                seq, row.first_position + offset, token_ids, row.top_logprobs_num, row.token_ids_logprob
+                row.seq_idx, row.first_position + offset, token_ids, row.top_logprobs_num, row.token_ids_logprob
             )
-            done.extend(self._sampler.prompt_logprobs(hidden.logits(rows), part))
+            done.extend(self._sampler.prompt_logprobs(hidden.logits(next(rows)), part))
         return done
+
+
+def logit_rows(batch: ForwardBatch) -> list[NDArray[np.int64]]:
+    """Token rows of each call for logits that a step makes, in order: prompt log-probabilities, then the sampled rows."""
+    ends = np.cumsum(batch.query_lens, dtype=np.int64)
+    calls: list[NDArray[np.int64]] = []
+    for row in batch.prompt_logprobs:
+        start = int(ends[row.seq_idx] - batch.query_lens[row.seq_idx])
+        first_query_position = int(batch.context_lens[row.seq_idx] - batch.query_lens[row.seq_idx])
+        first_row = start + row.first_position - 1 - first_query_position
+        assert first_row >= start, "the row before the first wanted position is in this step's query"
+        for offset in range(0, len(row.token_ids), LOGPROB_ROWS):
+            count = min(LOGPROB_ROWS, len(row.token_ids) - offset)
+            calls.append(np.arange(first_row + offset, first_row + offset + count, dtype=np.int64))
+    if batch.samples:
+        calls.append(ends[[sample.seq_idx for sample in batch.samples]] - 1)
+    return calls
 
 
 def _wants_kernels(

@@ -1,0 +1,77 @@
+"""The process of a rank that follows: it loads its part of the model and computes what the leader says, until the group ends.
+
+`python -m baton.engine.distributed.follower PARENT_PID LOCAL_RANK CHANNEL_DIRECTORY [worker flags...]`; the directory is "-" for ranks whose
+parent is another rank. It never samples and never answers anyone.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from baton.engine.args import EngineArgs, parse_engine_args, split_address
+from baton.engine.distributed.group import FollowerGroup
+from baton.engine.distributed.processes import die_with_parent, end_process, start_siblings
+from baton.engine.distributed.topology import Topology, plan_topology
+from baton.engine.load import choose_device, load_model
+from baton.engine.server.channel import ChannelAddress, RankChannel
+from baton.protocol.errors import BatonError
+from baton.protocol.rank import Fatal, Ready
+
+logger = logging.getLogger(__name__)
+
+
+def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) -> int:
+    """Run until the group ends. Returns the exit status, which is never 0: a group ends as a whole or by failure."""
+    assert args.dist_init_addr is not None, "args has checked it"
+    name = topology.name_of(topology.rank)
+    group = FollowerGroup(topology, split_address(args.dist_init_addr), args.dist_timeout_s, end_process)
+    reason = "it ended"
+    try:
+        device = choose_device(args, topology.local_rank)
+        model = load_model(args, device, group)
+        logger.info("%s follows device=%s load_s=%.2f", name, device, model.load_weights_s)
+        if channel is not None:
+            channel.send(
+                Ready(
+                    max_total_num_tokens=model.num_pages * model.page_size, max_req_input_len=0,
+                    context_len=model.context_len, vocab_size=model.config.vocab_size, page_size=model.page_size,
+                    bootstrap_port=None, load_weights_s=model.load_weights_s, device=str(device),
+                    attention_backend=model.runner.attention_backend,
+                )
+            )  # fmt: skip
+        while True:
+            model.runner.follow(*group.receive_step())
+    except (BatonError, OSError, MemoryError, RuntimeError) as error:
+        reason = str(error)
+        return 1
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"  # the leader must hear of it before the traceback ends this process
+        raise
+    finally:
+        logger.error("%s ends: %s", name, reason)
+        if channel is not None:
+            channel.send(Fatal(reason))
+            channel.close()
+        group.close(f"{name} failed: {reason}")
+
+
+def main(argv: Sequence[str]) -> int:
+    parent_pid, local_rank, directory, *flags = argv
+    die_with_parent(int(parent_pid))
+    # A terminal's Ctrl-C reaches every process; the parent decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    args = parse_engine_args(flags)
+    device = choose_device(args, int(local_rank))
+    topology = plan_topology(args, device.type, os.environ, int(local_rank))
+    log_format = f"%(asctime)s rank{topology.rank} %(name)s %(levelname)s %(message)s"
+    logging.basicConfig(level=args.log_level.upper(), format=log_format)
+    if topology.local_rank == 0:
+        start_siblings(topology, flags)
+    return follow(args, topology, None if directory == "-" else RankChannel(ChannelAddress(directory)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

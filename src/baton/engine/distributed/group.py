@@ -1,0 +1,142 @@
+"""One rank's membership in its group, from the first greeting to the last step: `LeaderGroup` on rank 0, `FollowerGroup` elsewhere.
+
+Both go through the same start: agree on pages, connect the collective, load, be ready together. From then on the heartbeat
+watches; whoever is lost takes the whole group down, loudly, since a collective without one rank never ends. Not here: the
+wire (`control`), the loop of a follower (`follower`).
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from baton.engine.batch import ForwardBatch
+from baton.engine.distributed.collective import ProcessGroupCollective, open_store
+from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
+from baton.engine.distributed.heartbeat import Heartbeat
+from baton.engine.distributed.messages import Hello, Step, Welcome, decode_step, encode_step
+from baton.engine.distributed.topology import Topology
+from baton.engine.models.shard import Shard
+
+OnLost = Callable[[str], None]
+LOAD_TIMEOUT_S = 1800.0
+"""Between the first and the last rank whose weights are there."""
+
+
+class Group(Protocol):
+    """What loading a model needs of the group."""
+
+    topology: Topology
+
+    def agree(self, facts: dict[str, str], num_pages: int) -> int:
+        """Meet the others. Returns the KV pages of every rank. Raises `GroupError`."""
+
+    def connect(self, device: torch.device) -> Shard:
+        """Join the collective."""
+
+    def finish_loading(self) -> None:
+        """Wait until every rank has its weights."""
+
+
+class LeaderGroup:
+    """Rank 0. `on_lost(reason)` runs in the heartbeat's thread when another rank is gone."""
+
+    def __init__(self, topology: Topology, address: tuple[str, int], timeout_s: float, on_lost: OnLost) -> None:
+        self.topology = topology
+        self._leader = Leader(topology, address, timeout_s)
+        self._on_lost = on_lost
+        self._heartbeat: Heartbeat | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the others dial."""
+        return self._leader.address
+
+    def agree(self, facts: dict[str, str], num_pages: int) -> int:
+        agreed = self._leader.gather_ranks(Hello(0, facts, num_pages))
+        peers = {self.topology.name_of(rank): sock for rank, sock in self._leader.watches.items()}
+        self._heartbeat = Heartbeat(peers, self._on_lost)
+        self._heartbeat.start()
+        self._leader.tell_all(Welcome(agreed))
+        return agreed
+
+    def connect(self, device: torch.device) -> Shard:
+        # The address by which the others came in is one that all of them reach.
+        host = next(iter(self._leader.controls.values())).socket.getsockname()[0]
+        store = open_store(host, 0, is_leader=True)
+        self._phase("store", str(store.port))
+        collective = ProcessGroupCollective(store, 0, self.topology.num_ranks, device, host)
+        self._phase("collective")
+        return Shard(0, self.topology.num_ranks, collective.all_reduce)
+
+    def finish_loading(self) -> None:
+        self._phase("weights")
+
+    def send_step(self, batch: ForwardBatch, logit_rows: list[NDArray[np.int64]]) -> None:
+        """Tell the others what this rank computes next. Raises `GroupError` when one is gone."""
+        data = self._encoder.encode(encode_step(batch, logit_rows))
+        for connection in self._leader.controls.values():
+            connection.send_encoded(data)
+
+    def close(self, last_words: str = "") -> None:
+        """The others end when they hear of it."""
+        if self._heartbeat is not None:
+            self._heartbeat.close(last_words)
+        self._leader.close()
+
+    def _phase(self, name: str, value: str = "") -> list[str]:
+        return self._leader.phase(name, value, LOAD_TIMEOUT_S)
+
+
+class FollowerGroup:
+    """Any other rank."""
+
+    def __init__(self, topology: Topology, address: tuple[str, int], timeout_s: float, on_lost: OnLost) -> None:
+        self.topology = topology
+        self._address, self._timeout_s, self._on_lost = address, timeout_s, on_lost
+        self._control: Connection | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    def agree(self, facts: dict[str, str], num_pages: int) -> int:
+        hello = Hello(self.topology.rank, facts, num_pages)
+        self._control, watch, welcome = join(self.topology, self._address, hello, self._timeout_s)
+        self._heartbeat = Heartbeat({f"rank 0 at {self._address[0]}": watch}, self._on_lost)
+        self._heartbeat.start()
+        return welcome.num_pages
+
+    def connect(self, device: torch.device) -> Shard:
+        control = self._connected()
+        (store_port, *_) = self._phase("store")
+        leader_host, own_host = control.socket.getpeername()[0], control.socket.getsockname()[0]
+        store = open_store(leader_host, int(store_port), is_leader=False)
+        rank, size = self.topology.rank, self.topology.num_ranks
+        collective = ProcessGroupCollective(store, rank, size, device, own_host)
+        self._phase("collective")
+        return Shard(rank, size, collective.all_reduce)
+
+    def finish_loading(self) -> None:
+        self._phase("weights")
+
+    def receive_step(self) -> tuple[ForwardBatch, list[NDArray[np.int64]]]:
+        """Wait for the leader's next step. Raises `GroupError` when it is gone."""
+        message = self._connected().receive(None)
+        if not isinstance(message, Step):
+            raise GroupError(f"rank 0 sent {type(message).__name__} where a step belongs")
+        return decode_step(message)
+
+    def close(self, last_words: str = "") -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.close(last_words)
+        if self._control is not None:
+            self._control.close()
+
+    def _phase(self, name: str, value: str = "") -> list[str]:
+        return finish_phase(self._connected(), name, value, LOAD_TIMEOUT_S)
+
+    def _connected(self) -> Connection:
+        assert self._control is not None, "agree() comes first"
+        return self._control

@@ -1,0 +1,158 @@
+"""What every rank does before its first step: read the config, take KV memory, load its part of the weights.
+
+With several ranks they agree on the number of pages before memory is taken, and none goes on before all have their weights.
+Every "choose" of the flags about model and memory is decided here. Not here: scheduler and transfer (`assemble`).
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baton.engine.args import EngineArgs
+from baton.engine.distributed.group import Group
+from baton.engine.errors import ModelError
+from baton.engine.models.config import load_config
+from baton.engine.models.shard import Shard, local_sizes
+from baton.engine.models.spec import ModelConfig
+from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.weights.fingerprint import model_fingerprint
+from baton.engine.weights.loader import open_weights
+from baton.engine.weights.names import expected_tensors
+from baton.engine.weights.resolve import resolve_model
+from baton.kvcache.page_memory import PageMemory
+
+DEFAULT_PAGE_SIZE = 16
+DEFAULT_CUDA_MEMORY_SHARE = 0.85
+"""Weights and KV pool together, of the device's free memory at start."""
+DEFAULT_CPU_POOL_SHARE = 0.1
+"""KV pool, of the memory that is available at start: a laptop runs several workers and other programs."""
+DTYPES = {
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its device, with its KV pool."""
+
+    path: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    context_len: int
+    page_size: int
+    num_pages: int
+    shard: Shard
+    memory: PageMemory | None
+    """The pool's bytes where it lies in host memory."""
+    runner: ModelRunner
+    fingerprint: str
+    load_weights_s: float
+
+
+def choose_device(args: EngineArgs, local_rank: int = 0) -> torch.device:
+    """The device of this process."""
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(kind, local_rank) if kind == "cuda" and local_rank else torch.device(kind)
+
+
+def load_model(args: EngineArgs, device: torch.device, group: Group | None = None) -> LoadedModel:
+    """Raises `BatonError` for a model or a flag that cannot be served, or a group that does not come together, and
+    `MemoryError` when the pool has no room. `group` None: one rank."""
+    started_s = time.monotonic()
+    path = resolve_model(args.model_path, args.revision)
+    config = load_config(path, trust_remote_code=args.trust_remote_code)
+    dtype = DTYPES[config.dtype if args.dtype == "auto" else args.dtype]
+    context_len = args.context_length or config.max_position_embeddings
+    page_size = args.page_size or DEFAULT_PAGE_SIZE
+    fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
+    shard = Shard()
+    num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, shard)
+    if group is not None:
+        facts = {
+            "--model-path (contents)": fingerprint,
+            "--dtype": str(dtype).removeprefix("torch."),
+            "--device": device.type,
+            "--attention-backend": args.own_attention_backend,
+            "--tp-size": str(args.tp_size),
+            "--nnodes": str(args.nnodes),
+            "--page-size": str(page_size),
+            "--context-length": str(context_len),
+        }
+        num_pages = group.agree(facts, num_pages)
+        shard = group.connect(device)
+    memory, kv = allocate_kv(config, dtype, device, num_pages, page_size, shard)
+    runner = ModelRunner(
+        config,
+        open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0),
+        dtype=dtype,
+        device=device,
+        kv=kv,
+        num_positions=context_len,
+        attention_backend=args.own_attention_backend,
+        shard=shard,
+    )
+    load_weights_s = time.monotonic() - started_s
+    if group is not None:
+        group.finish_loading()
+    return LoadedModel(
+        path, config, dtype, device, context_len, page_size, num_pages, shard, memory, runner, fingerprint,
+        load_weights_s,
+    )  # fmt: skip
+
+
+def choose_num_pages(
+    args: EngineArgs,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_len: int,
+    page_size: int,
+    shard: Shard,
+) -> int:
+    """Pages of the KV pool: --max-total-tokens, or a share of the memory there is."""
+    if args.max_total_tokens is not None:
+        return max(1, args.max_total_tokens // page_size)
+    page_bytes = kv_page_bytes(config, dtype, page_size, shard)
+    if device.type == "cuda":
+        weights = sum(_product(shape) for shape in expected_tensors(config).values()) * dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(device)
+        budget = free * (args.mem_fraction_static or DEFAULT_CUDA_MEMORY_SHARE) - weights
+        if budget < page_bytes:
+            raise ModelError(
+                f"--mem-fraction-static: weights of {weights / 1e9:.1f} GB leave no room for KV on {device} "
+                f"({free / 1e9:.1f} GB free)."
+            )
+        return int(budget // page_bytes)
+    # At least one sequence of full length must fit, whatever else runs here; memory is taken only when touched.
+    return max(-(-context_len // page_size), int(_available_memory_bytes() * DEFAULT_CPU_POOL_SHARE) // page_bytes)
+
+
+def allocate_kv(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, num_pages: int, page_size: int, shard: Shard
+) -> tuple[PageMemory | None, torch.Tensor]:
+    """This rank's KV pool [num_pages, L, 2, K, S, D]: on a CPU over memory that another process can map."""
+    if device.type == "cpu":
+        memory = PageMemory.create(num_pages, kv_page_bytes(config, dtype, page_size, shard))
+        return memory, kv_from_pages(memory.array, config, dtype, page_size, shard)
+    kv_heads = local_sizes(config, shard).num_kv_heads
+    shape = (num_pages, config.num_layers, 2, kv_heads, page_size, config.head_dim)
+    return None, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _available_memory_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
