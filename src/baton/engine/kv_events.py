@@ -9,14 +9,20 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import zmq
 
+from baton.kvcache.keyed_cache import Cleared, KvEvent, Removed, Stored
+from baton.kvcache.page_keys import key_as_int64
 from baton.protocol.errors import BatonError
 from baton.protocol.kv_events import (
     END_SEQ,
     SEQ_BYTES,
     WILDCARD_HOSTS,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
     Event,
     EventBatch,
     KvEventsConfig,
@@ -39,7 +45,8 @@ class KvEventsError(BatonError):
 class KvEventPublisher:
     """One rank's publisher. Any thread may call `publish`, one at a time. Raises `KvEventsError` when it cannot bind."""
 
-    def __init__(self, config: KvEventsConfig, host: str, dp_rank: int = 0) -> None:
+    def __init__(self, config: KvEventsConfig, host: str, page_size: int, dp_rank: int = 0) -> None:
+        self._page_size = page_size
         self._dp_rank = dp_rank
         self._topic = config.topic.encode()
         self._next_seq = 0
@@ -73,9 +80,12 @@ class KvEventPublisher:
         self._thread.start()
         logger.info("kv events endpoint=%s replay=%s", self.endpoint, self.replay_endpoint)
 
-    def publish(self, events: list[Event]) -> None:
-        """Never waits."""
-        payload = encode_batch(EventBatch(time.time(), events, self._dp_rank))
+    def publish(self, events: Sequence[KvEvent]) -> None:
+        """What changed in one step (nothing: no batch). Never waits."""
+        if not events:
+            return
+        wire = [_wire_event(event, self._page_size) for event in events]
+        payload = encode_batch(EventBatch(time.time(), wire, self._dp_rank))
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         try:
             self._to_thread.send_multipart((seq.to_bytes(SEQ_BYTES, "big"), payload), zmq.NOBLOCK)
@@ -134,6 +144,24 @@ class KvEventPublisher:
             if seq >= start:  # big endian: bytes compare as numbers
                 socket.send_multipart((asker, b"", seq, payload))
         socket.send_multipart((asker, b"", END_SEQ, b""))
+
+
+def _wire_event(event: KvEvent, page_size: int) -> Event:
+    match event:
+        case Stored(keys, parent_key, token_ids, extra_key):
+            # As vLLM tells a cache_salt: with the first block, since the others descend from it.
+            tells_extra = extra_key is not None and parent_key is None
+            return BlockStored(
+                [key_as_int64(key) for key in keys],
+                None if parent_key is None else key_as_int64(parent_key),
+                token_ids,
+                page_size,
+                extra_keys=[[extra_key], *[None] * (len(keys) - 1)] if tells_extra else None,
+            )
+        case Removed(keys):
+            return BlockRemoved([key_as_int64(key) for key in keys])
+        case Cleared():
+            return AllBlocksCleared()
 
 
 def _open(socket: "zmq.Socket[bytes]", endpoint: str, key: str, host: str, *, always_binds: bool = False) -> str:

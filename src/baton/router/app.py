@@ -17,6 +17,8 @@ from baton.router.errors import error_body, router_error
 from baton.router.exchange import Exchange
 from baton.router.health import HealthChecker
 from baton.router.httpbytes import JSON_TYPE
+from baton.router.kv_feed import KvFeeds
+from baton.router.metrics import kv_event_lines
 from baton.router.workers import Worker
 
 log = logging.getLogger("baton.router")
@@ -34,6 +36,7 @@ class Router:
         self.loop = asyncio.get_running_loop()
         self.core = Core(config, self.loop, rng or Random())
         self.health = HealthChecker(self.core)
+        self.kv_feeds = KvFeeds(self.core)
         self.connections: set[ClientConnection] = set()
         self.closing = False
         self.port = 0
@@ -50,7 +53,7 @@ class Router:
         if self.config.prometheus_port is not None:
             await self._listen(self.config.prometheus_host, self.config.prometheus_port)
         for worker in self.core.registry.all():
-            self.health.watch(worker)
+            self._watch(worker)
         self._spawn(self._sweep())
         if self.config.cache_aware.eviction_interval_s > 0:
             self._spawn(self._evict())
@@ -75,6 +78,7 @@ class Router:
         await self._ended(self.core.exchanges, DRAIN_POLL_S * 20)
         await self.core.settle_calls()
         await self.health.stop()
+        await self.kv_feeds.stop()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -167,9 +171,13 @@ class Router:
     def add_worker(self, spec: WorkerSpec) -> Worker:
         """Raises ValueError (see `Registry.add`)."""
         worker = self.core.registry.add(spec)
-        self.health.watch(worker)
+        self._watch(worker)
         log.info("worker added worker=%s role=%s", worker.url, worker.role)
         return worker
+
+    def _watch(self, worker: Worker) -> None:
+        self.health.watch(worker)
+        self.kv_feeds.watch(worker)
 
     def drain_worker(self, worker: Worker) -> None:
         """No new requests for it; it is removed when its last one has ended."""
@@ -184,6 +192,7 @@ class Router:
         if not worker.draining:  # it registered again meanwhile
             return
         await self.health.forget(worker)
+        await self.kv_feeds.forget(worker)
         self.core.registry.remove(worker)
         log.info("worker removed worker=%s role=%s", worker.url, worker.role)
 
@@ -196,7 +205,8 @@ class Router:
             "smg_router_requests_active": len(self.core.exchanges),
             "smg_router_requests_queued": self.core.admission.num_waiting,
         }
-        return self.core.metrics.render(registry.all(), [str(role) for role in registry.by_role], gauges)
+        text = self.core.metrics.render(registry.all(), [str(role) for role in registry.by_role], gauges)
+        return text + kv_event_lines(self.kv_feeds.stats())
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self.loop.create_task(work)

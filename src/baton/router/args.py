@@ -8,13 +8,16 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
+from baton.protocol.kv_events import split_endpoint
 from baton.router.config import (
     DURATION_BUCKETS_S,
     BreakerConfig,
     CacheAwareConfig,
     HealthConfig,
+    KvSource,
     LimitsConfig,
     PolicyName,
     RetryConfig,
@@ -51,8 +54,7 @@ _NO_EFFECT_FLAGS = ("--rust-lb", "--mini-lb", "--dp-aware", "--enable-igw", "--t
 _NO_EFFECT_VALUES = (
     "--log-interval", "--bucket-adjust-interval-secs", "--max-idle-secs", "--assignment-mode", "--log-dir",
     "--worker-startup-timeout-secs", "--worker-startup-check-interval",
-    "--model-path", "--tokenizer-path", "--chat-template", "--tokenizer-cache-l0-max-entries",
-    "--tokenizer-cache-l1-max-memory", "--reasoning-parser", "--tool-call-parser", "--history-backend",
+    "--tokenizer-cache-l0-max-entries", "--tokenizer-cache-l1-max-memory", "--reasoning-parser", "--tool-call-parser", "--history-backend",
     "--otlp-traces-endpoint",
 )  # fmt: skip
 _NO_EFFECT_LISTS = ("--cors-allowed-origins",)
@@ -109,6 +111,7 @@ def build_parser(flavour: Flavour) -> _Parser:
     add("--balance-rel-threshold", type=float, default=cache.balance_rel)
     add("--eviction-interval-secs", type=float, default=cache.eviction_interval_s)
     add("--max-tree-size", type=int, default=cache.max_tree_size, help="bytes of text remembered per worker")
+    _add_kv_event_flags(parser)
     add("--retry-max-retries", type=int, default=retry.max_retries)
     add("--retry-initial-backoff-ms", type=float, default=retry.initial_backoff_s * 1000)
     add("--retry-max-backoff-ms", type=float, default=retry.max_backoff_s * 1000)
@@ -144,6 +147,20 @@ def build_parser(flavour: Flavour) -> _Parser:
     add("--access-log", action="store_true", help="one log line per request")
     _add_compatibility_flags(parser)
     return parser
+
+
+def _add_kv_event_flags(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--tokenizer-path", metavar="DIR", help="the workers' tokenizer: places text prompts by the workers' KV events")
+    add(
+        "--model-path",
+        metavar="DIR",
+        help="the workers' model; its tokenizer is used where --tokenizer-path is not given",
+    )
+    add("--chat-template", metavar="FILE", help="Jinja file, as the workers have it; none: the tokenizer's own")
+    add("--kv-events-endpoint", nargs="+", action="extend", default=[], metavar="WORKER=ENDPOINT[,REPLAY]",
+        help="where a worker that does not tell by itself publishes its KV events, as http://w:8000=tcp://w:5557")  # fmt: skip
+    add("--max-kv-blocks", type=int, default=CacheAwareConfig.max_kv_blocks, help="blocks remembered per worker")
 
 
 def _add_worker_flags(parser: _Parser, flavour: Flavour) -> None:
@@ -188,7 +205,7 @@ def parse_args(argv: Sequence[str], flavour: Flavour = BATON) -> tuple[RouterCon
         decode_policy=_POLICY_NAMES[args.decode_policy] if args.decode_policy else policy,
         cache_aware=CacheAwareConfig(
             args.cache_threshold, args.balance_abs_threshold, args.balance_rel_threshold, args.max_tree_size,
-            args.eviction_interval_secs,
+            args.eviction_interval_secs, args.max_kv_blocks,
         ),
         retry=RetryConfig(
             0 if args.disable_retries else args.retry_max_retries, args.retry_initial_backoff_ms / 1000,
@@ -212,13 +229,16 @@ def parse_args(argv: Sequence[str], flavour: Flavour = BATON) -> tuple[RouterCon
         shutdown_grace_s=args.shutdown_grace_period_secs,
         api_key=args.api_key,
         request_id_headers=tuple(args.request_id_headers),
+        kv_sources=_kv_sources(parser, args.kv_events_endpoint),
+        tokenizer=_tokenizer(parser, args),
+        chat_template=args.chat_template,
         prometheus_host=args.prometheus_host,
         prometheus_port=args.prometheus_port,
         duration_buckets_s=tuple(args.prometheus_duration_buckets),
         log_level=args.log_level,
         access_log=args.access_log,
     )  # fmt: skip
-    return config, _notes(parser, args)
+    return config, _notes(args, has_tokenizer=config.tokenizer is not None)
 
 
 def _workers(parser: _Parser, args: argparse.Namespace) -> tuple[tuple[WorkerSpec, ...], bool]:
@@ -275,6 +295,35 @@ def _prefill_specs(parser: _Parser, args: argparse.Namespace) -> list[WorkerSpec
     return [WorkerSpec(url, "prefill", port) for (url, _), port in zip(found, ports, strict=True)]
 
 
+def _tokenizer(parser: _Parser, args: argparse.Namespace) -> str | None:
+    """--tokenizer-path must be one; --model-path is taken if it is one, since manifests give it for other reasons too."""
+    for flag, path in (("--tokenizer-path", args.tokenizer_path), ("--model-path", args.model_path)):
+        if path is None:
+            continue
+        if (Path(path) / "tokenizer.json").is_file() or (Path(path).name == "tokenizer.json" and Path(path).is_file()):
+            return str(path)
+        if flag == "--tokenizer-path":
+            parser.error(f"{flag}: there is no tokenizer.json in {path}")
+    return None
+
+
+def _kv_sources(parser: _Parser, given: list[str]) -> dict[str, KvSource]:
+    sources: dict[str, KvSource] = {}
+    for text in given:
+        worker, _, endpoints = text.partition("=")
+        endpoint, _, replay = endpoints.partition(",")
+        try:
+            url = parse_url(worker)[0]
+            for one in filter(None, (endpoint, replay)):
+                split_endpoint(one)
+            if not endpoint:
+                raise ValueError(f"{text!r} must be WORKER=ENDPOINT or WORKER=ENDPOINT,REPLAY")
+        except ValueError as error:
+            parser.error(f"--kv-events-endpoint: {error}")
+        sources[url] = KvSource(endpoint, replay or None)
+    return sources
+
+
 def _check_numbers(parser: _Parser, args: argparse.Namespace) -> None:
     """Every number in its range; the message names the flag."""
     at_least: dict[str, float] = {
@@ -283,7 +332,7 @@ def _check_numbers(parser: _Parser, args: argparse.Namespace) -> None:
         "migration_limit": 0, "migration_wait_secs": 0, "cb_failure_threshold": 1, "cb_success_threshold": 1,
         "cb_timeout_duration_secs": 0, "cb_window_duration_secs": 0, "health_failure_threshold": 1,
         "health_success_threshold": 1, "max_payload_size": 1, "max_concurrent_requests": -1, "queue_size": 0,
-        "queue_timeout_secs": 0, "shutdown_grace_period_secs": 0, "port": 0,
+        "queue_timeout_secs": 0, "shutdown_grace_period_secs": 0, "port": 0, "max_kv_blocks": 1,
     }  # fmt: skip
     for name, minimum in at_least.items():
         value: Any = getattr(args, name)
@@ -306,11 +355,21 @@ def _check_numbers(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error("--max-concurrent-requests must be at least 1, or -1 for no limit")
 
 
-def _notes(parser: _Parser, args: argparse.Namespace) -> list[str]:
+def _notes(args: argparse.Namespace, *, has_tokenizer: bool) -> list[str]:
     notes: list[str] = []
     for flag in (*_NO_EFFECT_FLAGS, *_NO_EFFECT_VALUES, *_NO_EFFECT_LISTS, "--backend"):
         if getattr(args, flag[2:].replace("-", "_")) not in (None, False):
             notes.append(f"{flag} has no effect in this router")
+    policies = {_POLICY_NAMES[name] for name in (args.prefill_policy or args.policy, args.decode_policy or args.policy)}
+    tokenizer_flags = [f for f in ("tokenizer_path", "model_path", "chat_template") if getattr(args, f) is not None]
+    for name in tokenizer_flags:
+        flag = f"--{name.replace('_', '-')}"
+        if "cache_aware" not in policies:
+            notes.append(f"{flag} has no effect: no policy is cache_aware")
+        elif not has_tokenizer:
+            notes.append(f"{flag} has no effect: there is no tokenizer.json in --model-path, so text is placed by text")
+    if args.kv_events_endpoint and "cache_aware" not in policies:
+        notes.append("--kv-events-endpoint has no effect: no policy is cache_aware")
     if args.disable_retries and args.migration_limit != RetryConfig.migration_limit:
         notes.append("--migration-limit has no effect with --disable-retries")
     return notes

@@ -17,8 +17,10 @@ from baton.router.admission import Admission
 from baton.router.body import RequestView
 from baton.router.config import RouterConfig
 from baton.router.errors import router_error
+from baton.router.kv_index import Prompt
 from baton.router.metrics import Metrics
-from baton.router.policies import make_policy
+from baton.router.policies import CacheAware, make_policy
+from baton.router.prompts import open_prompt_reader
 from baton.router.retry import Answer, Failure
 from baton.router.upstream import Collector
 from baton.router.workers import Registry, Worker
@@ -51,21 +53,32 @@ class Core:
             for role in (("prefill", "decode") if config.pd else ("regular",))
         }
         self.registry = Registry(policies, config.breaker, config.limits.connect_timeout_s)  # type: ignore[arg-type]
+        self._kv_indexes = [policy.index for policy in policies.values() if isinstance(policy, CacheAware)]
         self.wake: Callable[[Worker], None] = lambda worker: None
+        self.prompts = open_prompt_reader(config.tokenizer, config.chat_template)
         self.authorization = b"authorization: Bearer %b\r\n" % config.api_key.encode() if config.api_key else b""
         self._calls: set[asyncio.Task[None]] = set()
 
     # Choosing
 
-    def pick_pair(self, view: RequestView, exclude: Collection[str]) -> tuple[Worker | None, Worker] | None:
+    @property
+    def wants_prompts(self) -> bool:
+        """Whether some worker's cache is known by tokens, so that reading a prompt's tokens pays."""
+        return any(self._kv_indexes)
+
+    def pick_pair(
+        self, view: RequestView, exclude: Collection[str], prompt: Prompt | None = None
+    ) -> tuple[Worker | None, Worker] | None:
         """(prefill, decode), or (None, regular); None when a side has nobody."""
+        if prompt is not None:
+            prompt.release()
         now_s = self.loop.time()
         key = view.cache_key
         if not self.config.pd:
-            worker = self.registry.pick("regular", key, exclude, now_s)
+            worker = self.registry.pick("regular", key, exclude, now_s, prompt)
             return (None, worker) if worker is not None else None
-        prefill = self.registry.pick("prefill", key, exclude, now_s)
-        decode = self.registry.pick("decode", key, exclude, now_s) if prefill is not None else None
+        prefill = self.registry.pick("prefill", key, exclude, now_s, prompt)
+        decode = self.registry.pick("decode", key, exclude, now_s, prompt) if prefill is not None else None
         return (prefill, decode) if decode is not None else None
 
     def who_is_missing(self) -> str:

@@ -17,6 +17,7 @@ from baton.router.core import Core
 from baton.router.downstream import Request
 from baton.router.errors import error_body, router_error
 from baton.router.httpbytes import JSON_TYPE, forwarded, passed_on
+from baton.router.kv_index import Prompt
 from baton.router.relay import DONE_EVENT, StreamRelay
 from baton.router.retry import Answer, Failure, RetryState, backoff_s, blames, hold_s, next_try_s
 from baton.router.upstream import Upstream
@@ -43,6 +44,7 @@ class Exchange:
         self._began = False
         self._ended_by: Literal["", "client", "deadline", "abort", "shutdown"] = ""
         self._batch_size: int | None = None
+        self._prompt: Prompt | None = None
         self._first_rid: str | list[str] = ""
         self._deadline_s = request.received_s + core.config.request_timeout_s
         self._tries = 0
@@ -115,6 +117,8 @@ class Exchange:
                 timer.cancel()
             if self._attempt is not None and self._attempt.is_unfinished:
                 self._attempt.abandon()
+            if self._prompt is not None:
+                self._prompt.release()
             if admitted:
                 core.admission.leave()
             core.exchanges.discard(self)
@@ -140,6 +144,8 @@ class Exchange:
             self._relay = StreamRelay()
 
     async def _serve(self) -> None:
+        if self._core.wants_prompts and self._batch_size is None:
+            self._prompt = await self._core.prompts.read(self._view, self._request.body)
         while True:
             prefill, decode = await self._pick()
             outcome = await self._try(prefill, decode)
@@ -161,7 +167,7 @@ class Exchange:
         core, state, config = self._core, self._state, self._core.config.retry
         give_up_s = self._loop.time() + hold_s(state, config)
         looks = 0
-        pair = core.pick_pair(self._view, state.tried)
+        pair = core.pick_pair(self._view, state.tried, self._prompt)
         while pair is None:
             left_s = give_up_s - self._loop.time()
             if left_s <= 0:
@@ -171,7 +177,7 @@ class Exchange:
             await asyncio.sleep(min(left_s, backoff_s(looks, config, core.rng), MAX_LOOK_AGAIN_S))
             looks += 1
             if not core.registry.missing():  # looking alone neither counts as a choice nor teaches the policies
-                pair = core.pick_pair(self._view, state.tried)
+                pair = core.pick_pair(self._view, state.tried, self._prompt)
         state.had_pair = True
         return pair
 

@@ -111,15 +111,16 @@ class KvIndex:
 
     def remove(self, worker: str) -> None:
         """The index no longer speaks for `worker`."""
-        if worker in self._workers:
-            self.clear(worker)
-            del self._workers[worker]
+        self.clear(worker)
+        self._workers.pop(worker, None)
         if not self._workers:
             self._block_sizes.clear()
 
     def clear(self, worker: str) -> None:
-        """`worker` has nothing (any more)."""
-        held = self._workers[worker]
+        """`worker`, if the index speaks for it, has nothing (any more)."""
+        held = self._workers.get(worker)
+        if held is None:
+            return
         for name in set(held.names.values()):
             self._unset(held, name)
         held.names.clear()
@@ -138,17 +139,20 @@ class KvIndex:
     # Events
 
     def apply(self, worker: str, event: Event) -> None:
-        """Raises ValueError or OverflowError for an event that contradicts itself; the index stays whole."""
+        """Events of a worker that was not added mean nothing. Raises ValueError or OverflowError for an event that contradicts
+        itself; the index stays whole."""
+        held = self._workers.get(worker)
+        if held is None:
+            return
         if isinstance(event, AllBlocksCleared):
             self.clear(worker)
-        elif getattr(event, "group_idx", None):  # other groups of layers of a hybrid model repeat group 0
+        elif event.group_idx:  # other groups of layers of a hybrid model repeat group 0
             return
         elif isinstance(event, BlockRemoved):
-            held = self._workers[worker]
             for block_hash in event.block_hashes:
                 self._forget(held, _key(event.medium, block_hash))
         else:
-            self._store(self._workers[worker], event)
+            self._store(held, event)
 
     def _store(self, held: _Held, event: BlockStored) -> None:
         size, hashes = event.block_size, event.block_hashes
@@ -216,8 +220,8 @@ class KvIndex:
         """worker -> how many of the prompt's first tokens it has; only numbers > 0."""
         found: dict[str, int] = {}
         for size in self._block_sizes:
-            count, alive = 0, -1
-            for name in prompt.names(size):
+            alive, names = -1, prompt.names(size)
+            for count, name in enumerate(names):
                 bits = alive & self._blocks.get(name, 0)
                 if bits != alive:
                     if count:
@@ -225,10 +229,8 @@ class KvIndex:
                     alive = bits
                     if not alive:
                         break
-                count += 1
-            else:
-                if count:
-                    self._note(found, alive, count * size)
+            if alive and names:
+                self._note(found, alive, len(names) * size)
         return found
 
     def _note(self, found: dict[str, int], bits: int, num_tokens: int) -> None:

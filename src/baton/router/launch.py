@@ -12,6 +12,7 @@ import uvloop
 from baton.router.app import Router
 from baton.router.args import BATON, LAUNCH_ROUTER, MINI_LB, Flavour, parse_args
 from baton.router.config import RouterConfig
+from baton.text.errors import ModelError
 
 log = logging.getLogger("baton.router")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
@@ -27,6 +28,9 @@ def router_main(argv: Sequence[str], flavour: Flavour = BATON) -> int:
         log.warning("%s", note)
     try:
         uvloop.run(serve(config))
+    except ModelError as error:
+        sys.stderr.write(f"{flavour.prog}: --tokenizer-path: {error}\n")
+        return 1
     except OSError as error:
         sys.stderr.write(f"{flavour.prog}: cannot listen on {config.host}:{config.port}: {error}\n")
         return 1

@@ -119,6 +119,11 @@ class Metrics:
         return out
 
 
+_KV_COUNTERS = {
+    "batches": "Batches of KV events heard.",
+    "gaps": "Times batches were missing; they are asked for again, or the worker's blocks are unknown.",
+    "unreadable": "Batches that could not be read; the worker's blocks are unknown after one.",
+}
 _HELP = {
     "smg_http_connections_active": "Open client connections.",
     "smg_router_requests_active": "Requests in progress.",
@@ -151,6 +156,16 @@ def _worker_lines(workers: "list[Worker]", roles: list[str]) -> list[str]:
         [(labels(w), w.breaker.transitions) for w in workers],
     )  # fmt: skip
     return out
+
+
+def kv_event_lines(stats: list[tuple[str, int, dict[str, int]]]) -> str:
+    """Of the workers whose KV events are heard: (worker, blocks known, counters)."""
+    blocks: list[tuple[Labels, int]] = [((("worker", url),), known) for url, known, _ in stats]
+    out = _family("baton_router_kv_blocks", "gauge", "Blocks a worker is known to have, by its KV events.", blocks)
+    for name, text in _KV_COUNTERS.items():
+        samples: list[tuple[Labels, int]] = [((("worker", url),), counters[name]) for url, _, counters in stats]
+        out += _family(f"baton_router_kv_event_{name}_total", "counter", text, samples)
+    return "\n".join(out) + "\n" if stats else ""
 
 
 def _family(name: str, kind: str, text: str, samples: list[tuple[Labels, int]]) -> list[str]:

@@ -162,8 +162,7 @@ class CacheAware:
 
     def forget(self, url: str) -> None:
         self.tree.remove(url)
-        if url in self.index:
-            self.index.clear(url)
+        self.index.remove(url)
         self.on_forget(url)
 
 

@@ -6,14 +6,16 @@ Workers and the router both call `chat_prompt`, so that they see the same prompt
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baton.protocol.errors import bad_request
-from baton.text.chat_template import ChatTemplate
+
+if TYPE_CHECKING:  # the router reads token ids without a template, and without loading the template engine
+    from baton.text.chat_template import ChatTemplate
 
 
 def chat_prompt(
-    template: ChatTemplate,
+    template: "ChatTemplate",
     messages: Sequence[Mapping[str, Any]],
     *,
     template_kwargs: Mapping[str, Any] | None,
