@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from baton.kvcache.integrity import check_ownership
 from baton.kvcache.page_pool import PagePool
-from baton.kvcache.radix_tree import EvictionPolicy, PrefixHandle, RadixTree
+from baton.kvcache.radix_tree import EvictionPolicy, Inserted, PrefixHandle, RadixTree
 from baton.kvcache.tiers import Copies, StoreAction, StoreEvent
 
 
@@ -81,7 +81,7 @@ class PrefixCache:
         if missing > 0:
             if missing > self._tree.num_evictable:
                 return None
-            self._pool.free(self._tree.evict(missing))
+            self._pool.free(self._evict(missing))
         return self._pool.alloc(num_pages)
 
     def release(self, handle: PrefixHandle) -> None:
@@ -109,7 +109,8 @@ class PrefixCache:
         """The request was admitted, or is gone. Without a prefetch nothing happens."""
 
     def next_deadline(self) -> float | None:
-        """When a request that awaits its prefetch stops to do so, if nothing else happens."""
+        """When the first of the requests that `awaits_prefetch` held back since the last call stops to wait, if nothing else
+        happens. Those that nobody asked about are nobody's reason to wake up."""
         return None
 
     def take_copies(self) -> Copies:
@@ -140,7 +141,7 @@ class PrefixCache:
         full = len(token_ids) // self.page_size
         if full <= handle.num_pages:
             return handle, list(pages)
-        node, shared, duplicates = self._tree.insert(token_ids, pages[:full], handle.extra_key)
+        node, shared, duplicates = self._share(handle, token_ids, pages[:full], save_from)
         new_handle = self._tree.lock(node, full, handle.extra_key)
         self._tree.unlock(handle)
         self._pool.free(duplicates)
@@ -150,7 +151,7 @@ class PrefixCache:
         """A request ends: as `commit`, then the tree keeps [0, full) unlocked and [full, end) is freed."""
         full = len(token_ids) // self.page_size
         if full > handle.num_pages:
-            self._pool.free(self._tree.insert(token_ids, pages[:full], handle.extra_key).duplicates)
+            self._pool.free(self._share(handle, token_ids, pages[:full], save_from).duplicates)
         self._pool.free(pages[max(full, handle.num_pages) :])
         self._tree.unlock(handle)
 
@@ -158,6 +159,14 @@ class PrefixCache:
         """A request gives up its pages unshared (retraction, error): [handle, end) is freed, [0, handle) unlocked."""
         self._pool.free(pages[handle.num_pages :])
         self._tree.unlock(handle)
+
+    def _share(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int) -> Inserted:
+        """The one way of pages into the tree. `pages` are more than the handle's."""
+        return self._tree.insert(token_ids, pages, handle.extra_key)
+
+    def _evict(self, num_pages: int) -> list[int]:
+        """The one way of pages out of it, beside `flush`."""
+        return self._tree.evict(num_pages)
 
     def flush(self) -> bool:
         """Forget all prefixes; False (and nothing done) while a request holds one."""

@@ -85,15 +85,20 @@ class RadixTree:
 
     def match_len(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> int:
         """Tokens of the longest cached prefix, at most `max_tokens`. Changes nothing, not even access times."""
-        node, num_tokens = self.root, 0
+        return self.find(token_ids, extra_key, max_tokens)[0]
+
+    def find(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> tuple[int, int | None]:
+        """As `match_len`, and the page that ends the prefix (None: there is none)."""
+        node, num_tokens, last_page = self.root, 0, None
         while True:
             child = self._child(node, token_ids, num_tokens, extra_key, max_tokens)
             if child is None:
-                return num_tokens
+                return num_tokens, last_page
             common = self._common_pages(child, token_ids, num_tokens, max_tokens)
             num_tokens += common * self.page_size
+            last_page = child.pages[common - 1]
             if common < len(child.pages):
-                return num_tokens
+                return num_tokens, last_page
             node = child
 
     def match(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> Match:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 @dataclass(slots=True)
 class Copies:
     """Page copies to carry out before the next step: first every save, then every load. In this order a device page that was
-    evicted is saved before anything overwrites it, and a host page is read after it was written."""
+    evicted is saved before anything overwrites it, and a host page is read after it was written. Saves are done when their
+    `Write`s are given out, loads (a GPU may overlap them with the step) at the latest when the next copies are asked for."""
 
     saves: list[tuple[int, int]] = field(default_factory=list)
     """(device page, host page)"""
