@@ -1,6 +1,6 @@
 """`baton ...`: parses, calls a room, prints. Holds no logic.
 
-`engine` and `router` own their flags (they are SGLang's programs under our name), so their arguments pass through as they
+`engine`, `router` and `bench` own their flags (they are SGLang's programs under our name), so their arguments pass through as they
 stand; everything else is a typer command.
 """
 
@@ -10,6 +10,7 @@ import typer
 
 import baton
 from baton.cli import ask as ask_command
+from baton.cli import bench as bench_command
 from baton.cli import model as model_command
 from baton.cli import serve as serve_command
 
@@ -17,11 +18,10 @@ app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, help
 app.command("model")(model_command.model)
 app.command("ask")(ask_command.ask)
 app.command("serve")(serve_command.serve)
+app.add_typer(bench_command.app, name="bench")
 
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-
-@app.command("engine", context_settings=PASS_THROUGH, add_help_option=False)
+@app.command("engine", context_settings=bench_command.PASS_THROUGH, add_help_option=False)
 def engine(context: typer.Context) -> None:
     """One worker: SGLang's launch_server flags (`baton engine --help`)."""
     from baton.engine.launch import main as engine_main
@@ -29,7 +29,7 @@ def engine(context: typer.Context) -> None:
     sys.exit(engine_main(context.args))
 
 
-@app.command("router", context_settings=PASS_THROUGH, add_help_option=False)
+@app.command("router", context_settings=bench_command.PASS_THROUGH, add_help_option=False)
 def router(context: typer.Context) -> None:
     """The front door: mini_lb's and sglang_router's flags (`baton router --help`)."""
     from baton.router.launch import main as router_main
