@@ -133,7 +133,7 @@ def walk(schema: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def test_crd_schema_is_structural_and_says_what_the_types_say() -> None:
-    (crd,) = crd_manifests()
+    crd, *_ = crd_manifests()
     versions = {version["name"]: version for version in crd["spec"]["versions"]}
     assert [(name, v["storage"], v["served"]) for name, v in versions.items()] == [
         ("v1alpha2", True, True),
@@ -153,7 +153,7 @@ def test_crd_schema_is_structural_and_says_what_the_types_say() -> None:
 
 
 def test_without_a_converter_only_the_stored_version_is_served() -> None:
-    (crd,) = without_conversion(crd_manifests())
+    crd, *_ = without_conversion(crd_manifests())
     assert [version["name"] for version in crd["spec"]["versions"] if version["served"]] == ["v1alpha2"]
-    (crd,) = crd_manifests({"clientConfig": {"url": "https://x"}, "conversionReviewVersions": ["v1"]})
+    crd, *_ = crd_manifests({"clientConfig": {"url": "https://x"}, "conversionReviewVersions": ["v1"]})
     assert crd["spec"]["conversion"]["strategy"] == "Webhook"

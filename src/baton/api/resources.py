@@ -70,6 +70,7 @@ CUSTOM_RESOURCE_DEFINITIONS = Resource(
 )
 ROLE_BASED_GROUPS = Resource("workloads.x-k8s.io", "v1alpha2", "rolebasedgroups", "RoleBasedGroup")
 ROLE_BASED_GROUPS_V1ALPHA1 = Resource("workloads.x-k8s.io", "v1alpha1", "rolebasedgroups", "RoleBasedGroup")
+LEADER_WORKER_SETS = Resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet")
 
 KNOWN: tuple[Resource, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Resource))
 

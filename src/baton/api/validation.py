@@ -6,7 +6,7 @@ Unsupported features are refused rather than ignored; each has one entry in `sup
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from baton.api import names, v1alpha1, v1alpha2
 from baton.api.common import Role, RoleTemplate, RollingUpdate, normal_update_type
@@ -20,6 +20,7 @@ from baton.api.wire import FieldError, InvalidObjectError, Model, unknown_fields
 AnyGroup = v1alpha1.RoleBasedGroup | v1alpha2.RoleBasedGroup
 # a pod called {group}-{role}-{ordinal} needs room for the ordinal in a 63 character host name
 _ORDINAL_ROOM = 5
+_PROVIDED = (names.DISCOVERY_VOLUME,)
 
 
 def parse(obj: Object) -> AnyGroup:
@@ -178,7 +179,7 @@ def _templates(group: AnyGroup) -> Iterator[FieldError]:
         if template.name in shared:
             yield FieldError(f"{path}.name", f"{template.name!r} is defined twice", "FieldValueDuplicate")
         shared[template.name] = template
-        yield from _pod_template(template.template, f"{path}.template")
+        yield from pod_template_errors(template.template, f"{path}.template", _PROVIDED)
     for index, role in enumerate(group.spec.roles):
         yield from _role_source(role, f"spec.roles[{index}]", shared)
 
@@ -224,7 +225,7 @@ def _source(
         text = "has template and templateRef; keep one" if template is not None else "needs template or templateRef"
         yield FieldError(path, text, "FieldValueInvalid" if template is not None else "FieldValueRequired")
     elif template is not None:
-        yield from _pod_template(template, f"{path}.template")
+        yield from pod_template_errors(template, f"{path}.template", _PROVIDED)
     elif reference is not None:
         if reference.name not in shared:
             text = f"no roleTemplates entry is called {reference.name!r}; there are {', '.join(shared) or 'none'}"
@@ -238,8 +239,9 @@ def _source(
                 yield FieldError(patch_path, str(error))
 
 
-def _pod_template(template: Object, path: str) -> Iterator[FieldError]:
-    """The little we check of a pod ourselves; the API server checks the rest when the pod is made."""
+def pod_template_errors(template: Object, path: str, provided: Collection[str]) -> Iterator[FieldError]:
+    """The little we check of a pod ourselves; the API server checks the rest when the pod is made. ``provided``: volumes
+    that the pod will have without saying so."""
     spec = template.get("spec")
     if not isinstance(spec, dict):
         yield FieldError(f"{path}.spec", "is required and must be a mapping", "FieldValueRequired")
@@ -260,7 +262,7 @@ def _pod_template(template: Object, path: str) -> Iterator[FieldError]:
         seen.add(container["name"])
         for number, mount in enumerate(container.get("volumeMounts") or []):
             name = mount.get("name") if isinstance(mount, dict) else None
-            if name not in volumes and name != names.DISCOVERY_VOLUME:
+            if name not in volumes and name not in provided:
                 text = f"no volume of the pod is called {name!r}; there are {', '.join(sorted(map(str, volumes))) or 'none'}"
                 yield FieldError(f"{at}.volumeMounts[{number}].name", text, "FieldValueNotFound")
 

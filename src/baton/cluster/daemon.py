@@ -25,6 +25,7 @@ import yaml
 
 import baton
 from baton import api
+from baton.api import lws, lws_validation
 from baton.api.resources import CUSTOM_RESOURCE_DEFINITIONS
 from baton.cluster import dataplane
 from baton.cluster.apiserver import ApiServer, Serving, Store, kubeconfig, serve
@@ -39,7 +40,8 @@ from baton.cluster_client import Client
 from baton.controllers.runner import Runner, builtin_controllers, our_controllers
 
 logger = logging.getLogger(__name__)
-_GROUPS = "rolebasedgroups.workloads.x-k8s.io"
+_GROUPS = api.resources.ROLE_BASED_GROUPS.full_name
+_LEADER_WORKER_SETS = api.resources.LEADER_WORKER_SETS.full_name
 DATAPLANE_TIMEOUT_S = 15.0
 CANNOT_START = "cannot start: "
 """How the last log line begins when a start was refused."""
@@ -109,7 +111,8 @@ class Daemon:
                 agent.connector,
                 token=self._config.settings.token,
                 conversions={_GROUPS: convert},
-                validators={_GROUPS: api.validate},
+                validators={_GROUPS: lambda new, _: api.validate(new), _LEADER_WORKER_SETS: lws_validation.validate},
+                mutators={_LEADER_WORKER_SETS: lws.complete},
                 service_network=f"127.{slots.addresses.octet}.224.0/19",
             )
             serving = await serve(server, HOST, port)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from baton.api.resources import (
     DEPLOYMENTS,
     EVENTS,
+    LEADER_WORKER_SETS,
     PERSISTENT_VOLUME_CLAIMS,
     PODS,
     ROLE_BASED_GROUPS,
@@ -51,7 +52,8 @@ class Target:
 async def standing(client: Client) -> list[Target]:
     """What a cluster was running: every group and workload, and the pods and claims that nothing owns."""
     found = []
-    for resource in (PERSISTENT_VOLUME_CLAIMS, ROLE_BASED_GROUPS, STATEFUL_SETS, DEPLOYMENTS, PODS, SERVICES):
+    kinds = (ROLE_BASED_GROUPS, LEADER_WORKER_SETS, STATEFUL_SETS, DEPLOYMENTS)
+    for resource in (PERSISTENT_VOLUME_CLAIMS, *kinds, PODS, SERVICES):
         for obj in (await client.list(resource)).items:
             if not obj["metadata"].get("ownerReferences"):
                 found.append(Target(resource, obj))

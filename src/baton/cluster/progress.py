@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from baton.api import labels
+from baton.api import labels, lws
 from baton.api.resources import Object
 from baton.cluster.publish import PUBLISHED, routes
 
@@ -63,6 +63,8 @@ def rows_of(obj: Object, view: View) -> list[Row]:
         return [Row(f"{kind.lower()}/{name}", "waiting", "is being deleted")]
     if kind == "RoleBasedGroup":
         return _group(obj, view)
+    if kind == "LeaderWorkerSet":
+        return [_leader_worker_set(obj, view)]
     if kind in ("Deployment", "StatefulSet"):
         return [_workload(obj, view)]
     if kind == "Pod":
@@ -197,6 +199,17 @@ def _workload(workload: Object, view: View) -> Row:
     if row.state == "waiting" and not pods:
         warning = view.warning(workload)
         return Row(row.title, "waiting", f"{row.text}{', ' + warning if warning else ''}")
+    return row
+
+
+def _leader_worker_set(found: Object, view: View) -> Row:
+    name, spec = found["metadata"]["name"], found["spec"]
+    wanted = int(spec.get("replicas", 1)) * int(spec["leaderWorkerTemplate"].get("size", 1))
+    pods = [one for one in view.pods if _matches(one, {lws.SET_NAME: name})]
+    row = _pods_row(f"leaderworkerset/{name}", pods, wanted, view)
+    why = (found.get("status") or {}).get("hold") or view.warning(found)
+    if row.state == "waiting" and len(pods) < wanted and why:
+        return Row(row.title, "waiting", f"{_count(pods, wanted)} ready, {_one_line(why)}")
     return row
 
 

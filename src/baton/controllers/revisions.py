@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from baton.api.resources import CONTROLLER_REVISIONS, Object
-from baton.controllers.plan import Action, Create, Delete, Patch, owner_reference
+from baton.controllers.plan import Action, Create, Delete, Patch, covers, owner_reference
 
 
 def short_hash(value: object) -> str:
@@ -16,9 +16,17 @@ def short_hash(value: object) -> str:
 
 
 def record(
-    owner: Object, history: list[Object], *, name: str, labels: dict[str, str], label: str, data: Object
+    owner: Object,
+    history: list[Object],
+    *,
+    name: str,
+    labels: dict[str, str],
+    label: str,
+    data: Object,
+    annotations: dict[str, str] | None = None,
 ) -> list[Action]:
-    """Actions that make ``data`` the newest revision of ``owner``; its hash is ``labels[label]``.
+    """Actions that make ``data`` the newest revision of ``owner``; its hash is ``labels[label]``. ``annotations`` are kept
+    up to date on it.
 
     Going back to earlier data renumbers its revision instead of storing it twice, as Kubernetes does.
     """
@@ -31,6 +39,8 @@ def record(
             "labels": labels,
             "ownerReferences": [owner_reference(owner)],
         }
+        if annotations:
+            meta["annotations"] = annotations
         obj = {
             "apiVersion": CONTROLLER_REVISIONS.api_version,
             "kind": CONTROLLER_REVISIONS.kind,
@@ -39,11 +49,13 @@ def record(
             "revision": newest + 1,
         }
         return [Create(CONTROLLER_REVISIONS, obj)]
+    meta, why = same["metadata"], "annotations changed"
+    body: Object = {}
+    if annotations and not covers(meta.get("annotations"), annotations):
+        body["metadata"] = {"annotations": annotations}
     if int(same.get("revision") or 0) < newest:
-        meta = same["metadata"]
-        body = {"revision": newest + 1}
-        return [Patch(CONTROLLER_REVISIONS, meta["namespace"], meta["name"], body, why="an earlier revision is back")]
-    return []
+        body["revision"], why = newest + 1, "an earlier revision is back"
+    return [Patch(CONTROLLER_REVISIONS, meta["namespace"], meta["name"], body, why=why)] if body else []
 
 
 def trim(history: list[Object], label: str, in_use: set[str], keep: int) -> list[Action]:

@@ -31,7 +31,7 @@ from baton.cluster.apiserver.http import (
     send_status,
 )
 from baton.cluster.apiserver.openapi import OpenApi, send_openapi_v2
-from baton.cluster.apiserver.operations import Operations, Validator
+from baton.cluster.apiserver.operations import Mutator, Operations, Validator
 from baton.cluster.apiserver.reading import Selection
 from baton.cluster.apiserver.resources import Conversion, Registry
 from baton.cluster.apiserver.store import Store, StoreClosedError
@@ -53,8 +53,8 @@ class ApiServer:
     `token` guards every path: as `Authorization: Bearer TOKEN`, or as the path prefix `/token/TOKEN`, which is how
     kubectl can carry it over plain http (it sends no Authorization header there). None: no authentication.
     `conversions` are the in-process conversion hooks of CRDs by `plural.group`, `validators` their rules beyond the
-    schema (asked on create and when something but metadata and status changed). `service_network` is where cluster
-    addresses of Services come from. Call `start` once in the event loop before the first request, `stop` at the end.
+    schema (asked on create and when something but metadata and status changed), `mutators` what completes an object
+    before that. `service_network` is where cluster addresses of Services come from. Call `start` once in the event loop before the first request, `stop` at the end.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class ApiServer:
         token: str | None,
         conversions: Mapping[str, Conversion] | None = None,
         validators: Mapping[str, Validator] | None = None,
+        mutators: Mapping[str, Mutator] | None = None,
         service_network: str = "127.96.0.0/16",
     ) -> None:
         self.store, self._token = store, token
@@ -75,7 +76,7 @@ class ApiServer:
         addresses = ServiceAddresses(service_network)
         for service in store.resource("services").select(None):
             addresses.take((service.get("spec") or {}).get("clusterIP") or "")
-        self.operations = Operations(store, self.registry, self._crds, addresses, validators or {})
+        self.operations = Operations(store, self.registry, self._crds, addresses, validators or {}, mutators or {})
         self._openapi = OpenApi(self.registry)
         self._streams = Streams(store, nodes)
         self._collector = GarbageCollector(store, self.registry, self.operations)

@@ -54,8 +54,10 @@ class Problem(Protocol):
     def message(self) -> str: ...
 
 
-Validator = Callable[[JSON], Iterable[Problem]]
-"""Rules of a custom resource beyond its schema, like a validating webhook but in-process."""
+Validator = Callable[[JSON, JSON | None], Iterable[Problem]]
+"""Rules of a custom resource beyond its schema, like a validating webhook but in-process: (new, old), old None on create."""
+Mutator = Callable[[JSON], JSON]
+"""What a mutating webhook would do, in-process: a complete object in, the one to store out; idempotent."""
 
 
 class Operations:
@@ -68,9 +70,10 @@ class Operations:
         crds: CrdManager,
         addresses: strategy.ServiceAddresses,
         validators: Mapping[str, Validator],
+        mutators: Mapping[str, Mutator],
     ) -> None:
         self.store, self.registry, self.crds, self.addresses = store, registry, crds, addresses
-        self._validators = validators
+        self._validators, self._mutators = validators, mutators
 
     # Create
 
@@ -135,13 +138,13 @@ class Operations:
             causes += rules.create_causes(kind, obj)
         if kind == "CustomResourceDefinition":
             causes += self.crds.causes(obj, options.warnings)
-        causes += self._custom_causes(target.resource, obj)
+        causes += self._custom_causes(target.resource, obj, None)
         if causes:
             raise invalid(kind, target.resource.group, obj["metadata"]["name"], causes)
 
-    def _custom_causes(self, resource: Resource, obj: JSON) -> list[Cause]:
+    def _custom_causes(self, resource: Resource, obj: JSON, old: JSON | None) -> list[Cause]:
         check = self._validators.get(resource.store_name)
-        return [Cause(p.field, p.reason, p.message) for p in check(obj)] if check else []
+        return [Cause(p.field, p.reason, p.message) for p in check(obj, old)] if check else []
 
     # Update
 
@@ -269,7 +272,7 @@ class Operations:
                 causes += self.crds.causes(new, options.warnings)
                 self.crds.prepare(new)
             if content(new) != content(old):
-                causes += self._custom_causes(target.resource, new)
+                causes += self._custom_causes(target.resource, new, old)
         if causes:
             raise invalid(kind, target.resource.group, target.name, causes)
 
@@ -359,7 +362,8 @@ class Operations:
         out["apiVersion"], out["kind"] = version.api_version, resource.kind
         if complete and resource.builtin and version.group == resource.group:
             defaults.apply_defaults(resource.kind, out)
-        return out
+        mutate = self._mutators.get(resource.store_name)
+        return mutate(out) if mutate and complete else out
 
 
 def _as_stored(target: Target, obj: JSON) -> JSON:

@@ -5,6 +5,7 @@ It talks to an API server through `baton.cluster_client` and makes no difference
 
 from typing import Any
 
+from baton.controllers.lws import leader_worker_set
 from baton.controllers.network import endpoints
 from baton.controllers.placement import scheduler
 from baton.controllers.plan import Controller
@@ -17,7 +18,7 @@ from baton.controllers.workloads import deployment, replica_set, stateful_set
 
 def our_controllers() -> list[Controller[Any]]:
     """Controllers of our own kinds: what any cluster lacks."""
-    return [group.CONTROLLER]
+    return [group.CONTROLLER, leader_worker_set.CONTROLLER]
 
 
 def builtin_controllers(default_source: binder.DefaultSource | None = None) -> list[Controller[Any]]:
