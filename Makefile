@@ -6,6 +6,11 @@ PORT ?= 8000
 UNIT = $(BIN)/pytest -m "not e2e and not slow and not gpu" -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 
+# $(call system_package,NAME,COMMAND THAT SUCCEEDS WHEN IT IS THERE,WHAT IS MISSING WITHOUT IT)
+system_package = $(2) >/dev/null 2>&1 \
+	|| { test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && apt-get install -y -qq $(1); } >/dev/null 2>&1 \
+	|| echo "$(1) is not installed: $(3)"
+
 help: ## list targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -17,9 +22,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 setup: $(VENV)/.installed ## virtual environment, packages, kernels, demo model
-	@command -v bwrap >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null \
-		|| { apt-get update -qq && apt-get install -y -qq bubblewrap; } >/dev/null 2>&1 \
-		|| echo "bubblewrap was not installed: pods will run without namespaces"
+	@$(call system_package,bubblewrap,command -v bwrap,pods will run without namespaces)
+	@$(call system_package,libibverbs1,$(BIN)/python -c 'import ctypes; ctypes.CDLL("libibverbs.so.1")',the Mooncake store will not run)
 	@$(BIN)/baton model smollm2 --quiet
 
 up: setup ## embedded cluster with examples/pd.yaml: 2 prefill, 1 decode, 1 router; one answer as proof (PORT=8000)
