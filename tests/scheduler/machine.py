@@ -7,11 +7,16 @@ from random import Random
 from typing import Any
 
 from tests.fakes.paged_runner import PagedRunner
+from tests.scheduler.lower_tiers import LowerTiers, Page
 
+from baton.engine.batch import ForwardBatch
 from baton.engine.scheduler import pd
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
+from baton.kvcache.page_keys import PageKeys
 from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
+from baton.kvcache.tier_config import TierConfig
+from baton.kvcache.tiered_cache import TieredCache
 from baton.protocol.errors import ErrorInfo
 from baton.protocol.rank import Bootstrap, Finish, RequestOutput, Submit, TokenLogprobs
 from baton.protocol.sampling import SamplingParams
@@ -54,9 +59,23 @@ class Ledger:
 
 
 class Worker:
-    def __init__(self, num_pages: int = 64, page_size: int = 4, shared: bool = True, **config: Any) -> None:
+    """`tiers`: fields of `TierConfig` for a worker with a host tier; `store`: what a store of several workers holds."""
+
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        shared: bool = True,
+        tiers: dict[str, Any] | None = None,
+        store: dict[bytes, Page] | None = None,
+        **config: Any,
+    ) -> None:
         self.runner = PagedRunner(page_size)
+        self.lower = LowerTiers(self.runner, {} if store is None else store, seed=num_pages)
         self.cache = (PrefixCache if shared else UnsharedCache)(num_pages, page_size)
+        if tiers is not None and shared:
+            keys = PageKeys("model", "bfloat16", page_size)
+            self.cache = TieredCache(num_pages, page_size, "lru", keys, TierConfig(**tiers))
         config.setdefault("context_len", 200)
         self.scheduler = Scheduler(SchedulerConfig(**config), self.cache, Random(0))
         self.ledger = Ledger()
@@ -68,14 +87,32 @@ class Worker:
     def step(self) -> bool:
         """One turn of the rank's loop; False if there was nothing to run."""
         self.now += 0.01
-        batch = self.scheduler.schedule(self.now)
+        events = self.lower.answer()
+        for event in events:
+            self.scheduler.on_store_event(event, self.now)
+        batch = self.begin_step()
         if batch is not None:
             self.scheduler.check_integrity()
             output = self.runner.run(batch)
             self.ledger.take(self.scheduler.apply(output, self.now))
         self.ledger.take(self.scheduler.drain_outputs(self.now))
+        self.move()
         self.scheduler.check_integrity()
-        return batch is not None
+        return batch is not None or not self.lower.is_settled or self._waits()
+
+    def begin_step(self) -> ForwardBatch | None:
+        """Schedule, and bring the pages where the step needs them."""
+        batch = self.scheduler.schedule(self.now)
+        self.move()
+        return batch
+
+    def move(self) -> None:
+        self.lower.move(self.scheduler.drain_copies(), self.scheduler.drain_store_actions())
+
+    def _waits(self) -> bool:
+        """A request waits for its prefetch; time will end that."""
+        deadline = self.cache.next_deadline()
+        return deadline is not None and deadline > self.now - 0.02
 
     def run(self, max_steps: int = 2000) -> None:
         """Until nothing can run."""

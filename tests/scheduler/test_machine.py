@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.fakes.paged_runner import oracle
+from tests.scheduler.lower_tiers import Page
 from tests.scheduler.machine import Pair, Worker, submit
 
 from baton.protocol.rank import Submit
@@ -36,6 +37,17 @@ def requests(rid: str, room: int | None) -> st.SearchStrategy[Submit]:
     )
 
 
+TIERS = st.fixed_dictionaries(
+    {
+        "host_pages": st.sampled_from([3, 30, 200]),
+        "has_store": st.booleans(),
+        "write_policy": st.sampled_from(["write_through", "write_through_selective", "write_back"]),
+        "prefetch_policy": st.sampled_from(["best_effort", "wait_complete", "timeout"]),
+        "prefetch_threshold": st.sampled_from([1, 8]),
+        "load_back_threshold": st.sampled_from([1, 10]),
+        "prefetch_timeout_base_s": st.just(0.05),
+    }
+)
 CONFIGS: dict[str, st.SearchStrategy[Any]] = {
     "policy": st.sampled_from(["fcfs", "lpm", "random", "lof"]),
     "chunked_prefill_size": st.sampled_from([None, 4, 8]),
@@ -49,6 +61,7 @@ CONFIGS: dict[str, st.SearchStrategy[Any]] = {
     "pool_tokens": st.sampled_from([40, 48, 64, 200]),
     "page_size": st.sampled_from([1, 2, 4]),
     "shared": st.sampled_from([True, True, False]),
+    "tiers": st.none() | TIERS,
 }
 
 
@@ -113,7 +126,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_in_flight(self, data: st.DataObject) -> None:
         scheduler, worker = self.worker.scheduler, self.worker
-        batch = scheduler.schedule(worker.now)
+        batch = worker.begin_step()
         if batch is not None:
             scheduler.abort(data.draw(st.sampled_from(self.sent)).rid, "gone", worker.now)
             scheduler.check_integrity()
@@ -142,10 +155,12 @@ class PairMachine(RuleBasedStateMachine):
     @initialize(prefill=st.fixed_dictionaries(CONFIGS), decode=st.fixed_dictionaries(CONFIGS))
     def start(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
         page_size = prefill["page_size"]
+        store: dict[bytes, Page] = {}
         self.pair = Pair(
-            Worker(mode="prefill", eos_token_ids=(EOS,), context_len=60, **in_pages(prefill)),
+            Worker(mode="prefill", eos_token_ids=(EOS,), context_len=60, store=store, **in_pages(prefill)),
             Worker(
                 mode="decode",
+                store=store,
                 eos_token_ids=(EOS,),
                 context_len=60,
                 num_reserved_decode_tokens=4,

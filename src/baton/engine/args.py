@@ -129,7 +129,7 @@ class EngineArgs:
     hicache_io_backend: str = flag("kernel", "how pages move", choices=("kernel", "direct"), effect="no effect", reason="whole pages are copied between two steps")
     hicache_mem_layout: str = flag("layer_first", "layout of the host tier", choices=("layer_first", "page_first", "page_first_direct", "page_head", "page_first_kv_split"), effect="no effect", reason="a page is one contiguous region in every tier")
     hicache_storage_backend: str | None = flag(None, "store tier: file (a directory of this host), mooncake, or dynamic (a class of yours)")
-    hicache_storage_key_scheme: Literal["rank", "unified"] = flag("rank", "objects of the store: a page with all heads of a rank, or one head each, which workers of any --tp-size share", choices=("rank", "unified"))
+    hicache_storage_key_scheme: Literal["default", "unified"] = flag("default", "objects of the store: a page with all heads of a rank, or one head each, which workers of any --tp-size share", choices=("default", "unified"))
     hicache_storage_prefetch_policy: Literal["best_effort", "wait_complete", "timeout"] = flag("best_effort", "whether a request waits for its pages from the store: never, until they came, or for a while", choices=("best_effort", "wait_complete", "timeout"))
     hicache_storage_backend_extra_config: str | None = flag(None, "JSON object, or @FILE with one: settings of the store and of the prefetch")
     enable_lmcache: bool = flag(False, "LMCache as the tiers", effect="not served", reason="use --enable-hierarchical-cache")
@@ -296,6 +296,12 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
             f"{option(field)} has no effect without --enable-hierarchical-cache"
             for field, one in flags_of(EngineArgs).items()
             if field.startswith("hicache_") and one.effect == "effective" and _is_given(args, field)
+        ]
+    elif args.hicache_storage_backend is None:
+        notes += [
+            f"{option(field)} has no effect without --hicache-storage-backend"
+            for field in flags_of(EngineArgs)
+            if field.startswith("hicache_storage_") and _is_given(args, field)
         ]
     if args.max_queued_requests is not None and args.disaggregation_mode != "null":
         notes.append(

@@ -20,9 +20,9 @@ from baton.engine.models.spec import ModelConfig
 from baton.engine.runner import Runner, kv_page_bytes
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
-from baton.engine.tiers import Tiers
+from baton.engine.tiers import Tiers, open_cache
 from baton.kvcache.page_memory import PageMemory
-from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
+from baton.kvcache.stores.objects import PageShape
 from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready
 from baton.transfer.base import DecodeTransfer, PageLayout, PrefillTransfer, Wake
@@ -44,7 +44,7 @@ class Engine:
     runner: Runner
     transfer: PrefillTransfer | DecodeTransfer | None
     ready: Ready
-    tiers: Tiers | None = None
+    tiers: Tiers | None
 
 
 def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> Engine:
@@ -73,8 +73,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         page_bytes=kv_page_bytes(config, model.dtype, page_size, model.shard),
     )
     transfer = None if memory is None else open_transfer(args, memory, layout, wake)
-    cache_type = UnsharedCache if args.disable_radix_cache else PrefixCache
-    cache = cache_type(num_pages, page_size, args.radix_eviction_policy)
+    cache, tiers = open_cache(args, model.fingerprint, page_shape(config, layout), model.kv, wake)
     settings = scheduler_config(args, config, model.context_len, device)
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
@@ -94,7 +93,20 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         device=str(device),
         attention_backend=runner.attention_backend,
     )
-    return Engine(scheduler, runner, transfer, ready)
+    return Engine(scheduler, runner, transfer, ready, tiers)
+
+
+def page_shape(config: ModelConfig, layout: PageLayout) -> PageShape:
+    """What a page of a single rank holds, as the store names it."""
+    head_bytes = layout.page_bytes // (config.num_layers * 2 * config.num_kv_heads)
+    return PageShape(
+        layers=range(config.num_layers),
+        kv_heads=range(config.num_kv_heads),
+        page_size=layout.page_size,
+        head_dim=config.head_dim,
+        dtype=layout.dtype,
+        dtype_bytes=head_bytes // (layout.page_size * config.head_dim),
+    )
 
 
 def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> None:

@@ -52,6 +52,8 @@ class LoadedModel:
     shard: Shard
     memory: PageMemory | None
     """The pool's bytes where it lies in host memory."""
+    kv: torch.Tensor
+    """The pool: [num_pages, L, 2, K, S, D]."""
     runner: ModelRunner
     fingerprint: str
     load_weights_s: float
@@ -103,7 +105,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     if group is not None:
         group.finish_loading()
     return LoadedModel(
-        path, config, dtype, device, context_len, page_size, num_pages, shard, memory, runner, fingerprint,
+        path, config, dtype, device, context_len, page_size, num_pages, shard, memory, kv, runner, fingerprint,
         load_weights_s,
     )  # fmt: skip
 

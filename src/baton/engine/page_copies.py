@@ -36,4 +36,5 @@ class PageCopier:
 def pin(host: PageMemory) -> bool:
     """Lock the host tier's memory for the GPU's copy engine; False where the driver refuses (copies are slower then)."""
     array = host.array
-    return bool(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0) == 0)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return bool(runtime.cudaHostRegister(array.ctypes.data, array.nbytes, 0) == 0)

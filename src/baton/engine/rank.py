@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import assert_never
 
 import msgspec
@@ -48,6 +49,8 @@ class RankLoop:
         self._runner = engine.runner
         self._transfer = engine.transfer
         self._tiers = engine.tiers
+        self._clears: dict[int, Future[bool]] = {}
+        """Calls that wait for the store to be emptied."""
         self._channel = channel
         self._was_busy = False
         """A batch ran since the last self-check."""
@@ -67,6 +70,7 @@ class RankLoop:
         if self._tiers is not None:
             for store_event in self._tiers.poll():
                 self._scheduler.on_store_event(store_event, time.monotonic())
+            self._answer_clears()
         batch = self._scheduler.schedule(time.monotonic())
         self._move_pages()
         if batch is not None:
@@ -107,7 +111,7 @@ class RankLoop:
                 done = self._scheduler.flush_cache()
                 self._channel.send(Reply(call_id, done, "" if done else "requests are running or waiting"))
             case ClearStore(call_id):
-                self._channel.send(self._clear_store(call_id))
+                self._clear_store(call_id)
             case GetState(call_id):
                 store = {} if self._tiers is None else self._tiers.store_stats()
                 self._channel.send(msgspec.structs.replace(self._scheduler.state(), call_id=call_id, store=store))
@@ -123,11 +127,19 @@ class RankLoop:
             return Reply(call_id, False, str(broken))
         return Reply(call_id, True)
 
-    def _clear_store(self, call_id: int) -> Reply:
+    def _clear_store(self, call_id: int) -> None:
         if self._tiers is None or not self._tiers.has_store:
-            return Reply(call_id, False, "there is no storage tier; start the worker with --hicache-storage-backend")
-        problem = self._tiers.clear_store()
-        return Reply(call_id, not problem, problem)
+            problem = "there is no storage tier; start the worker with --hicache-storage-backend"
+            self._channel.send(Reply(call_id, False, problem))
+        else:
+            self._clears[call_id] = self._tiers.clear_store()
+
+    def _answer_clears(self) -> None:
+        for call_id, cleared in list(self._clears.items()):
+            if cleared.done():
+                del self._clears[call_id]
+                message = "" if cleared.result() else "the store is down or refused; see the rank's log"
+                self._channel.send(Reply(call_id, not message, message))
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         if outputs:

@@ -1,8 +1,11 @@
 """The scheduler's state as numbers, for metrics and health. Reads, changes nothing."""
 
+from dataclasses import asdict
+
 from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Status
 from baton.kvcache.prefix_cache import PrefixCache
+from baton.kvcache.tiered_cache import TieredCache
 from baton.protocol.rank import SchedulerState
 
 
@@ -32,5 +35,6 @@ def snapshot(cache: PrefixCache, at: Places) -> SchedulerState:
         free_pages=cache.num_free,
         evictable_pages=cache.num_evictable,
         protected_pages=cache.num_protected,
+        tiers=asdict(cache.counters) if isinstance(cache, TieredCache) else {},
         in_use_pages=cache.num_pages - cache.num_free - cache.num_evictable - cache.num_protected,
     )

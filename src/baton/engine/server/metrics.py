@@ -164,11 +164,43 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+_TIER_GAUGES: tuple[tuple[str, str, str], ...] = (
+    ("hicache_host_used_tokens", "host_pages_used", "Tokens in the host tier."),
+    ("hicache_host_total_tokens", "host_pages_total", "The size of the host tier in tokens."),
+)
+_TIER_COUNTERS: tuple[tuple[str, str, str], ...] = (
+    ("prefetched_tokens", "prefetched", "Tokens brought from the store to the host tier."),
+    ("backuped_tokens", "backed_up", "Tokens written from the host tier to the store."),
+    ("load_back_tokens", "loaded", "Tokens loaded from the host tier to the device."),
+    ("evicted_tokens", "device_evicted", "Tokens evicted from the device."),
+    ("hicache_saved_tokens", "saved", "Tokens copied from the device to the host tier."),
+    ("hicache_host_evicted_tokens", "host_evicted", "Tokens evicted from the host tier."),
+    ("hicache_skipped_saves_tokens", "saves_skipped", "Tokens not saved, as every page of the host tier was busy."),
+    (
+        "hicache_skipped_reads_tokens",
+        "reads_skipped",
+        "Tokens not read from the store, for want of room in the host tier.",
+    ),
+    ("hicache_skipped_writes_tokens", "writes_skipped", "Tokens that left the host tier before their write began."),
+    (
+        "hicache_failed_reads_tokens",
+        "reads_failed",
+        "Tokens that the store has and that came late, damaged or not at all.",
+    ),
+    ("hicache_failed_writes_tokens", "writes_failed", "Tokens that the store did not take."),
+)
+"""In pages there, in tokens here."""
+_HITS: tuple[tuple[str, str], ...] = (
+    ("device", "device_hit_tokens"), ("host", "host_hit_tokens"), ("storage", "store_hit_tokens"),
+)  # fmt: skip
+
+
 class SchedulerMetrics(Collector):
     """The scheduler's gauges, from the last snapshot. The scrape handler refreshes `state` first."""
 
     def __init__(self, model_name: str, ready: Ready, startup_s: float, registry: CollectorRegistry) -> None:
         self.state = SchedulerState(max_total_num_tokens=ready.max_total_num_tokens)
+        self._page_size = ready.page_size
         self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
         self._fixed = {
             "engine_startup_time": (startup_s, "Seconds from process start to ready."),
@@ -188,6 +220,27 @@ class SchedulerMetrics(Collector):
             family = CounterMetricFamily(f"sglang:{name}", text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), getattr(state, attribute))
             yield family
+
+        if state.tiers:
+            yield from self._tiers(state.tiers)
+        for name, value in state.store.items():
+            yield self._gauge(
+                f"hicache_storage_{name}", "Of the store tier and its worker; `up` is 0 while it is down.", value
+            )
+
+    def _tiers(self, tiers: dict[str, float]) -> Iterator[Metric]:
+        for name, key, text in _TIER_GAUGES:
+            yield self._gauge(name, text, tiers[key] * self._page_size)
+        for name, key, text in _TIER_COUNTERS:
+            family = CounterMetricFamily(f"sglang:{name}", text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), tiers[key] * self._page_size)
+            yield family
+        hits = CounterMetricFamily(
+            "sglang:hicache_hit_tokens", "Prompt tokens not computed, by tier.", labels=[*self._labels, "cache_source"]
+        )
+        for source, key in _HITS:
+            hits.add_metric([*self._labels.values(), source], tiers[key])
+        yield hits
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"sglang:{name}", text, labels=list(self._labels))

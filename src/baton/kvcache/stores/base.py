@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from baton.protocol.errors import BatonError
+
 Object = NDArray[np.uint8]
 """uint8 [object_bytes], C-contiguous; lies in registered memory."""
 
 
-class StoreError(Exception):
+class StoreError(BatonError):
     """The store cannot be opened, or does not answer as it should. The message says what to do."""
 
 
