@@ -16,7 +16,7 @@ from typing import Any
 from tests.e2e.clients import stream_chat
 
 BIN = Path(sys.executable).parent
-COMMAND_TIMEOUT_S = 120.0
+COMMAND_TIMEOUT_S = 240.0
 
 
 @dataclass

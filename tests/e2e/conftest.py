@@ -8,11 +8,16 @@ from tests.e2e.service import Process, Service, running
 
 from baton.engine.weights.demo import prepare_demo_model
 
+GUARD_S = 600
+"""Ends a test that hangs; none comes near it, even on a machine several times slower."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(GUARD_S))
 
 
 @pytest.fixture(scope="session")

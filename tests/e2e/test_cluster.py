@@ -47,7 +47,6 @@ def isolation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return str(request.param)
 
 
-@pytest.mark.timeout(240)
 def test_the_whole_story_with_kubectl_while_a_client_streams(demo_model: Path, tmp_path: Path, isolation: str) -> None:
     port = free_port()
     with cluster(tmp_path / "home") as one:
@@ -114,7 +113,7 @@ def create_and_look(one: Cluster, port: int) -> None:
     )
     created = one.kubectl("create", "-f", "-", stdin=manifest)
     assert "rolebasedgroup.workloads.x-k8s.io/pd created" in created
-    one.kubectl("wait", "--for=condition=Ready", "rbg/pd", "--timeout=90s")
+    one.kubectl("wait", "--for=condition=Ready", "rbg/pd", "--timeout=180s")
     rows = [line.split() for line in one.kubectl("get", "pods", "-o", "wide").splitlines()]
     assert rows[0][:7] == ["NAME", "READY", "STATUS", "RESTARTS", "AGE", "IP", "NODE"]
     assert [row[:4] for row in rows[1:]] == [
@@ -130,8 +129,8 @@ def create_and_look(one: Cluster, port: int) -> None:
 
 def scale_prefill(one: Cluster) -> None:
     patch(one, f'{{"op":"replace","path":"{PREFILL}/replicas","value":3}}')
-    one.kubectl("wait", "--for=create", "pod/pd-prefill-2", "--timeout=30s")
-    one.kubectl("wait", "--for=condition=Ready", "pod/pd-prefill-2", "--timeout=60s")
+    one.kubectl("wait", "--for=create", "pod/pd-prefill-2", "--timeout=120s")
+    one.kubectl("wait", "--for=condition=Ready", "pod/pd-prefill-2", "--timeout=120s")
 
 
 def change_image_in_place(one: Cluster) -> None:
@@ -154,7 +153,7 @@ def kill_a_worker(one: Cluster) -> None:
     for pid in one.processes("pd-prefill-0"):
         kill(pid)
     until(lambda: int(str(container_of(one, "pd-prefill-0")["restartCount"])) > before, "the container is restarted")
-    one.kubectl("wait", "--for=condition=Ready", "pod/pd-prefill-0", "--timeout=60s")
+    one.kubectl("wait", "--for=condition=Ready", "pod/pd-prefill-0", "--timeout=120s")
     assert one.kubectl("logs", "pd-prefill-0", "--previous", "--tail=1")
 
 

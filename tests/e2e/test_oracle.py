@@ -41,24 +41,29 @@ def bodies() -> list[dict[str, Any]]:
     return [{"text": prompt, "sampling_params": sampling} for prompt in PROMPTS]
 
 
-def test_float32_greedy_text_is_that_of_transformers(float32_worker: Process, oracle: Any) -> None:
+def logits_of(oracle: Any, body: dict[str, Any], tokens: list[int]) -> torch.Tensor:
+    """(T, vocabulary) float32: what transformers makes of each place of an answer, given all before it; in one pass."""
     model, tokenizer = oracle
+    prompt = tokenizer(body["text"])["input_ids"]
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    return logits
+
+
+def test_float32_greedy_text_is_that_of_transformers(float32_worker: Process, oracle: Any) -> None:
+    """Each token is the best one after those before it: so the whole is what greedy generation gives."""
     for body, answer in zip(bodies(), generate_all(float32_worker.url, bodies(), 5), strict=True):
-        ids = torch.tensor([tokenizer(body["text"])["input_ids"]])
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
-        assert answer["output_ids"] == expected, body["text"]
-        assert answer["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        tokens = answer["output_ids"]
+        assert len(tokens) == NUM_TOKENS
+        assert tokens == logits_of(oracle, body, tokens).argmax(-1).tolist(), body["text"]
+        assert answer["text"] == oracle[1].decode(tokens, skip_special_tokens=True)
 
 
 def test_bfloat16_greedy_tokens_are_the_best_or_nearly_so_by_transformers_in_float32(
     aggregated: Process, oracle: Any
 ) -> None:
-    model, tokenizer = oracle
     for body, answer in zip(bodies(), generate_all(aggregated.url, bodies(), 5), strict=True):
-        prompt, tokens = tokenizer(body["text"])["input_ids"], answer["output_ids"]
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        tokens = answer["output_ids"]
+        logits = logits_of(oracle, body, tokens)
         gap = logits.max(-1).values - logits[torch.arange(len(tokens)), torch.tensor(tokens)]
         assert float(gap.max()) < NEAR_TIE, (body["text"], int(gap.argmax()), float(gap.max()))
