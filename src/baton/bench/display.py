@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -58,18 +59,17 @@ class Display:
 
 
 def rounds_table(rounds: Sequence[RoundSummary]) -> Table:
-    """One row a round; a column for each tier that the server told of."""
-    tiers = sorted({tier for one in rounds for tier in one.cached_by_tier}, key=("device", "host", "storage").index)
-    table = Table(title=None)
-    headings = ("Round", "Requests", "Failed", "Tokens", "Hit rate", *(f"from {tier}" for tier in tiers),
-                "TTFT s", "P90 TTFT s", "Input tok/s")  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    """One row a round; a column for each tier that the server told of, one for failures if there are any."""
+    tiers = [tier for tier in ("device", "host", "storage") if any(tier in one.cached_by_tier for one in rounds)]
+    has_failures = any(one.failed_count for one in rounds)
+    table = Table(box=box.SIMPLE)
+    failed = ("Failed",) if has_failures else ()
+    for heading in ("Round", "Requests", *failed, "Hit rate", *tiers, "TTFT s", "P90 s", "Input tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, one in enumerate(rounds):
-        shares = (one.cached_by_tier.get(tier, 0) / max(1, one.prompt_tokens) for tier in tiers)
-        table.add_row(
-            str(index), str(one.request_count), str(one.failed_count), str(one.prompt_tokens), f"{one.cache_hit_rate:.1%}",
-            *(f"{share:.1%}" for share in shares), f"{one.average_ttft:.3f}", f"{one.p90_ttft:.3f}",
-            f"{one.prompt_tokens / one.duration_s:.0f}" if one.duration_s else "-",
-        )  # fmt: skip
+        shares = [one.cache_hit_rate, *(one.cached_by_tier.get(tier, 0) / max(1, one.prompt_tokens) for tier in tiers)]
+        cells = [str(index), str(one.request_count), *([str(one.failed_count)] if has_failures else [])]
+        cells += [f"{share:.1%}" for share in shares]
+        cells += [f"{one.average_ttft:.3f}", f"{one.p90_ttft:.3f}"]
+        table.add_row(*cells, f"{one.prompt_tokens / one.duration_s:.0f}" if one.duration_s else "-")
     return table

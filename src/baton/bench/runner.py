@@ -102,23 +102,29 @@ class Runner:
     async def run(self) -> Run:
         """Raises `BenchError` if a flush between rounds fails; a failing request is a record."""
         self._started = time.perf_counter()
+        next_send = 0.0
         async with asyncio.TaskGroup() as group:
-            while (conversation := await self._next_conversation()) is not None:
+            while await self._may_send():
+                await asyncio.sleep(max(0.0, next_send - time.perf_counter()))
+                conversation = self._take_ready()
                 self._num_in_flight += 1
                 group.create_task(self._turn(conversation), name=f"client-{conversation.client}")
-                await asyncio.sleep(self._pause_s())
+                next_send = time.perf_counter() + self._pause_s()
         if self._args.api_format == "sglang" and self._args.prompt_format == "ids":
             self._result.histories = [conversation.token_ids for conversation in self._conversations]
         return self._result
 
-    async def _next_conversation(self) -> Conversation | None:
-        """The next client to send for, as soon as one may; None when there will be no other. Requests have a time-out,
-        so something changes."""
+    async def _may_send(self) -> bool:
+        """True once a client is ready and a place is free, False when there will be no other client. Requests have a
+        time-out, so something changes."""
         while not self._ready or self._num_in_flight >= self._args.max_parallel:
             if self._num_open == 0:
-                return None
+                return False
             self._changed.clear()
             await self._changed.wait()
+        return True
+
+    def _take_ready(self) -> Conversation:
         is_random = self._args.ready_queue_policy == "random"
         return self._ready.pop(self._order.randrange(len(self._ready)) if is_random else 0)
 
