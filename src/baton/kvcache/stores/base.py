@@ -8,7 +8,7 @@ decides. A store must not print, exit, or install signal handlers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,3 +60,12 @@ class Store(Protocol):
         """Numbers for metrics, by name (e.g. "used_bytes", "capacity_bytes", "num_objects", "evicted_objects"). Cheap, never blocks."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class DiscardingStore(Store, Protocol):
+    """A store that can also remove single objects. Without that, a damaged object is a miss until the store evicts it, since
+    `batch_put` leaves what is there."""
+
+    def discard(self, names: Sequence[str]) -> None:
+        """These came back damaged: forget them, so that good ones can be put."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from baton.kvcache.page_memory import PageMemory
-from baton.kvcache.stores.base import Object, Store
+from baton.kvcache.stores.base import DiscardingStore, Object, Store
 from baton.kvcache.stores.objects import ObjectScheme, PageObjects
 from baton.kvcache.tiers import Found, PagesRead, Query, Read, StoreEvent, Write, Written
 
@@ -121,7 +121,7 @@ class ReadJob:
         verified = bench.objects.after_get(pages, names, got)
         ok = bench.whole_pages(verified)
         counters = bench.counters
-        counters.damaged += sum(got) - sum(verified)
+        self._discard([name for name, came, fits in zip(names, got, verified, strict=True) if came and not fits], call)
         counters.pages_read += sum(ok)
         counters.bytes_read += sum(verified) * bench.scheme.object_bytes
         is_last = last == self.num_pages or not all(ok)
@@ -129,6 +129,12 @@ class ReadJob:
             ok += [False] * (self.num_pages - last)
         self._next = last
         return PagesRead(self.op, first, ok, is_last), is_last
+
+    def _discard(self, damaged: list[str], call: Call) -> None:
+        bench = self._bench
+        bench.counters.damaged += len(damaged)
+        if damaged and isinstance(bench.store, DiscardingStore):
+            call("read", bench.store.discard, damaged)
 
     def give_up(self) -> StoreEvent | None:
         return PagesRead(self.op, self._next, [False] * (self.num_pages - self._next), is_last=True)
