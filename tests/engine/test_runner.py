@@ -8,6 +8,7 @@ import torch
 from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.decoders import CPU, baton_config
 from tests.fakes.models import hf_model
+from tests.fakes.thread_ranks import ThreadRanks
 from transformers import PreTrainedModel
 
 from baton.engine.batch import PromptLogprobsRow, SampleRow
@@ -167,6 +168,6 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(model: PreTrainedModel) -
 def test_spans_of_ranks_cover_everything_once() -> None:
     for total in (1, 2, 7, 9, 64):
         for size in range(1, 6):
-            spans = [Shard(rank, size, reduce=lambda tensor: tensor).span(total) for rank in range(size)]
+            spans = [Shard(rank, size, ThreadRanks(size).of_rank(rank)).span(total) for rank in range(size)]
             assert [start for start, _ in spans[1:]] == [stop for _, stop in spans[:-1]]
             assert spans[0][0] == 0 and spans[-1][1] == total

@@ -1,15 +1,14 @@
-"""Two ranks with half a model each, in two threads with a real reduction, give the logits of one rank."""
+"""Several ranks with a part of a model each, as threads with real collectives, give the logits of one rank."""
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.decoders import CPU, baton_config, make_decoder
-from tests.fakes.models import FAMILIES, hf_model
+from tests.fakes.models import hf_model
+from tests.fakes.thread_ranks import ThreadRanks
 from transformers import PreTrainedModel
 
 from baton.engine.attention.torch_native import TorchAttention
@@ -17,29 +16,11 @@ from baton.engine.errors import ModelError
 from baton.engine.kernels.native import load_kernels
 from baton.engine.models.decoder import Decoder, TorchDecoder
 from baton.engine.models.decoder_cpu import CpuDecoder
-from baton.engine.models.shard import Shard, local_sizes
+from baton.engine.models.shard import Shard, head_borders, local_sizes
 from baton.engine.runner import kv_from_pages, kv_page_bytes
 
-SIZE = 3
-"""Ranks; 4 kv heads and 96 feed-forward columns: the heads are split unevenly."""
-
-
-class Reduction:
-    """Sums over the threads of the ranks."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(SIZE, timeout=30)
-        self._partials: dict[int, torch.Tensor] = {}
-
-    def of_rank(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def reduce(partial: torch.Tensor) -> torch.Tensor:
-            self._partials[rank] = partial.float().clone()
-            self._barrier.wait()
-            total = torch.stack([self._partials[other] for other in range(SIZE)]).sum(0)
-            self._barrier.wait()
-            return total.to(partial.dtype)
-
-        return reduce
+UNEVEN: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 90, "head_dim": 16}
+"""The demo model's 9 query and 3 kv heads."""
 
 
 def make_rank(model: PreTrainedModel, shard: Shard, dtype: torch.dtype, num_pages: int) -> Decoder:
@@ -58,30 +39,54 @@ def make_rank(model: PreTrainedModel, shard: Shard, dtype: torch.dtype, num_page
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama-tied-biased", "qwen3"])
-def test_ranks_together_are_one_model(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "changes", "size"),
+    [
+        ("llama-tied-biased", {"num_attention_heads": 8, "num_key_value_heads": 4}, 2),
+        ("llama-tied-biased", {"num_attention_heads": 8, "num_key_value_heads": 4}, 3),
+        ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 4}, 4),
+        ("qwen2", {"num_attention_heads": 8, "num_key_value_heads": 2}, 4),  # each kv head on two ranks
+        ("llama", UNEVEN, 2),
+        ("llama", UNEVEN, 4),  # the last kv head on two ranks, with one and two query heads
+    ],
+)
+def test_ranks_together_are_one_model(family: str, changes: dict[str, Any], size: int, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and load_kernels() is None:
         pytest.skip("no C kernels on this machine")
-    assert family in FAMILIES
-    model = hf_model(family, num_attention_heads=8, num_key_value_heads=4, attention_bias=True)
+    model = hf_model(family, **changes)
     sequences = PagedSequences([np.random.default_rng(0).integers(0, 256, 50).tolist()], 16)
     batch, rows = sequences.batch([Query(0, 0, 50)]), np.arange(50)
     kind = "torch-float32" if dtype == torch.float32 else "kernels"
-    expected = make_decoder(kind, model, sequences.num_pages, 16).forward(batch).logits(rows)
-    reduction = Reduction()
+    expected = make_decoder(kind, model, sequences.num_pages, 16).forward(batch).logits(rows).clone()
 
-    def run(rank: int) -> torch.Tensor:
-        decoder = make_rank(model, Shard(rank, SIZE, reduction.of_rank(rank)), dtype, sequences.num_pages)
-        return decoder.forward(batch).logits(rows)
+    def run(shard: Shard) -> torch.Tensor:
+        return make_rank(model, shard, dtype, sequences.num_pages).forward(batch).logits(rows).clone()
 
-    with ThreadPoolExecutor(SIZE) as executor:
-        results = list(executor.map(run, range(SIZE)))
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    for logits in results:
-        torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+    for logits in ThreadRanks[torch.Tensor](size).run(run):
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+        else:
+            assert torch.equal(logits, expected), "the kernels' bits do not depend on the number of ranks"
 
 
-def test_more_ranks_than_kv_heads_are_refused() -> None:
-    config = baton_config(hf_model("llama"))
-    with pytest.raises(ModelError, match="3 ranks cannot share 2 kv heads"):
-        local_sizes(config, Shard(0, 3, lambda tensor: tensor))
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(9, 3, 2), (9, 3, 3), (9, 3, 4), (9, 3, 9), (8, 4, 3), (8, 2, 8)]
+)
+def test_every_query_head_is_computed_once_with_its_kv_head(heads: int, kv_heads: int, size: int) -> None:
+    config = baton_config(hf_model("llama", hidden_size=144, num_attention_heads=heads, num_key_value_heads=kv_heads))
+    sizes = [local_sizes(config, Shard(rank, size, ThreadRanks[None](size).of_rank(rank))) for rank in range(size)]
+    assert [head for one in sizes for head in range(*one.heads)] == list(range(heads))
+    assert head_borders(config, size) == [one.heads[0] for one in sizes] + [heads]
+    for one in sizes:
+        assert one.num_heads >= 1
+        assert {head * kv_heads // heads for head in range(*one.heads)} == set(range(*one.kv_heads))
+        assert one.num_heads % one.num_kv_heads == 0
+
+
+@pytest.mark.parametrize(("kv_heads", "size"), [(2, 5), (4, 7)])
+def test_more_ranks_than_heads_can_feed_are_refused(kv_heads: int, size: int) -> None:
+    config = baton_config(hf_model("llama", num_attention_heads=4, num_key_value_heads=kv_heads))
+    with pytest.raises(ModelError, match=f"{size} ranks cannot share 4 query heads"):
+        for rank in range(size):
+            local_sizes(config, Shard(rank, size, ThreadRanks[None](size).of_rank(rank)))

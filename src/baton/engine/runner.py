@@ -82,7 +82,7 @@ class ModelRunner:
         positions = num_positions or config.max_position_embeddings
         self._sampler = Sampler()
         kernels = None
-        if _wants_kernels(attention_backend, config, dtype, device, shard):
+        if _wants_kernels(attention_backend, config, dtype, device):
             kernels = load_kernels()
             if kernels is None and attention_backend == "cpu":
                 raise ModelError("--attention-backend cpu: the C kernels are not available on this machine.")
@@ -157,16 +157,13 @@ def logit_rows(batch: ForwardBatch) -> list[NDArray[np.int64]]:
     return calls
 
 
-def _wants_kernels(
-    attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
-) -> bool:
+def _wants_kernels(attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
     if attention_backend not in ATTENTION_BACKENDS:
         known = ", ".join(ATTENTION_BACKENDS)
         raise ModelError(f"--attention-backend {attention_backend} is unknown; known: {known}.")
     if attention_backend == "torch_native":
         return False
-    sizes = local_sizes(config, shard)
-    even = config.hidden_size % 2 == 0 and sizes.intermediate_size % 2 == 0
+    even = config.hidden_size % 2 == 0 and config.intermediate_size % 2 == 0
     if even and CpuAttention.supports(dtype, device, config.head_dim):
         return True
     if attention_backend == "cpu":

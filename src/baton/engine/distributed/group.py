@@ -71,7 +71,7 @@ class LeaderGroup:
         self._phase("store", str(store.port))
         collective = ProcessGroupCollective(store, 0, self.topology.num_ranks, device, host)
         self._phase("collective")
-        return Shard(0, self.topology.num_ranks, collective.all_reduce)
+        return Shard(0, self.topology.num_ranks, collective)
 
     def finish_loading(self) -> None:
         self._phase("weights")
@@ -116,7 +116,7 @@ class FollowerGroup:
         rank, size = self.topology.rank, self.topology.num_ranks
         collective = ProcessGroupCollective(store, rank, size, device, own_host)
         self._phase("collective")
-        return Shard(rank, size, collective.all_reduce)
+        return Shard(rank, size, collective)
 
     def finish_loading(self) -> None:
         self._phase("weights")

@@ -6,7 +6,7 @@ classes mirror field by field. Callers keep the memory alive. Not here: building
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from typing import Any
 
@@ -68,14 +68,18 @@ class LayerStruct(Structure):
     )
 
 
+class FirstColumnsStruct(Structure):
+    _fields_ = (("delta", c_int64), ("attended", c_int64), ("activated", c_int64), ("logits", c_int64))
+
+
 class ModelStruct(Structure):
     _fields_ = (
         ("num_layers", c_int64),
         ("hidden", c_int64),
-        ("intermediate", c_int64),
         ("num_heads", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
+        ("embedding_columns", c_int64),
         ("eps", c_float),
         ("scale", c_float),
         ("embedding", c_void_p),
@@ -83,7 +87,16 @@ class ModelStruct(Structure):
         ("final_norm", c_void_p),
         ("head", LinearStruct),
         ("layers", POINTER(LayerStruct)),
+        ("first", FirstColumnsStruct),
     )
+
+
+class SharedStruct(Structure):
+    _fields_ = (("delta", c_void_p), ("attended", c_void_p), ("activated", c_void_p))
+
+
+class ExchangeStruct(Structure):
+    _fields_ = (("seats", c_void_p), ("rank", c_int32), ("size", c_int32), ("turn", c_uint32))
 
 
 # name -> (result, arguments); structures go by reference
@@ -106,12 +119,19 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bt_decoder_scratch_bytes": (c_int64, (POINTER(ModelStruct), POINTER(BatchStruct), c_int32)),
     "bt_decoder_run": (
         None,
-        (POINTER(ModelStruct), POINTER(BatchStruct), POINTER(KvPoolStruct), c_void_p, c_int64, c_int64, c_int32),
+        (
+            *(POINTER(ModelStruct), POINTER(BatchStruct), POINTER(KvPoolStruct), POINTER(SharedStruct), c_void_p),
+            *(c_int64, c_int64, POINTER(ExchangeStruct), c_int32),
+        ),
     ),
     "bt_decoder_head": (
         None,
-        (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int32),
+        (
+            *(POINTER(ModelStruct), POINTER(BatchStruct), POINTER(SharedStruct), c_void_p),
+            *(c_void_p, c_int64, c_void_p, c_int64, POINTER(ExchangeStruct), c_int32),
+        ),
     ),
+    "bt_exchange_meet": (None, (POINTER(ExchangeStruct),)),
 }
 
 

@@ -1,6 +1,7 @@
 """The decoder of Llama, Qwen2 and Qwen3 in torch: any dtype, any device, any attention backend, any shard.
 
 What differs between the three is data: biases and q/k norms are present or not. `decoder_cpu` is the same model in C.
+Over several ranks: one sum for each half layer, and the ranks' columns of embedding and logits put side by side.
 Not here: sampling, which request a row is, KV page bookkeeping.
 
 Shape letters: T tokens, R rows whose logits are wanted, E hidden size, V vocabulary, H, K, D as in attention.base.
@@ -68,7 +69,7 @@ class TorchDecoder:
         """`num_positions`: the longest sequence, in tokens. Raises `ModelError` for wrong weights."""
         self._config, self._shard, self._attention, self._device = config, shard, attention, device
         self._sizes = local_sizes(config, shard)
-        tensors = dict(iter_parameters(config, shard, weights, dtype=dtype, device=device))
+        tensors = dict(iter_parameters(config, shard, weights, dtype=dtype, device=device, cut="inputs"))
         self._embedding = tensors["embedding"]
         self._final_norm = tensors["final_norm"]
         self._head = tensors.get("head.weight", self._embedding)
@@ -80,7 +81,7 @@ class TorchDecoder:
         self._attention.plan(batch)
         token_ids = torch.from_numpy(batch.token_ids).to(self._device)
         rotary = self._rotary[torch.from_numpy(batch.positions).to(self._device)]
-        hidden = F.embedding(token_ids, self._embedding)
+        hidden = self._whole_rows(F.embedding(token_ids, self._embedding), self._config.hidden_size)
         for index, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, self._config.rms_norm_eps)
             hidden = hidden + self._shard.all_reduce(self._attend(index, layer, normed, rotary))
@@ -102,7 +103,18 @@ class TorchDecoder:
     @torch.inference_mode()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] before the final norm -> [R, V] float32."""
-        return F.linear(rms_norm(hidden, self._final_norm, self._config.rms_norm_eps), self._head).float()
+        logits = F.linear(rms_norm(hidden, self._final_norm, self._config.rms_norm_eps), self._head).float()
+        return self._whole_rows(logits, self._config.vocab_size)
+
+    def _whole_rows(self, own: torch.Tensor, width: int) -> torch.Tensor:
+        """[rows, this rank's columns] -> [rows, width] of all ranks."""
+        if self._shard.size == 1:
+            return own
+        first, last = self._shard.span(width)
+        rows = own.new_empty(len(own), width)
+        rows[:, first:last] = own
+        self._shard.gather_columns(rows, self._shard.borders(width))
+        return rows
 
 
 class _TorchHidden:

@@ -1,12 +1,16 @@
 """The decoder in C kernels, for bf16 on CPUs with AVX512-BF16: a whole step is one call.
 
 Same model as `decoder`, same parameters, other arithmetic: the residual stream is fp32, and each token's result depends on its
-own sequence only, bit for bit (csrc/common.h). Not here: the stages themselves (csrc/decoder.c).
+own sequence only, bit for bit (csrc/common.h). Over several ranks no sum is cut, so they give the bits of one rank: each computes
+some columns of every product, and all see the whole of what goes into the next one. Where the ranks share memory they write it
+there and only meet, within the one call; elsewhere the step runs part by part and a collective fills in the others' columns.
+Not here: the stages themselves (csrc/decoder.c).
 """
 
 import ctypes
 from collections.abc import Iterable
 from ctypes import byref
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -14,18 +18,21 @@ from numpy.typing import NDArray
 
 from baton.engine.batch import ForwardBatch
 from baton.engine.kernels.native import (
+    ALIGNMENT_BYTES,
+    FirstColumnsStruct,
     LayerStruct,
     LinearStruct,
     ModelStruct,
     NativeBatch,
     PackedLinear,
+    SharedStruct,
     aligned_empty,
     kv_pool_struct,
 )
 from baton.engine.models.decoder import HiddenStates
 from baton.engine.models.parameters import iter_parameters
 from baton.engine.models.rotary import rotary_table
-from baton.engine.models.shard import Shard, local_sizes
+from baton.engine.models.shard import Shard, head_borders, local_sizes
 from baton.engine.models.spec import ModelConfig
 
 _CPU = torch.device("cpu")
@@ -47,14 +54,16 @@ class CpuDecoder:
         shard: Shard,
     ) -> None:
         self._config, self._shard, self._kernels, self._num_threads = config, shard, kernels, num_threads
+        self._sizes = local_sizes(config, shard)
         self._kv = kv
         self._pool = kv_pool_struct(kv)
         self._linears: dict[str, PackedLinear] = {}
         self._vectors: dict[str, torch.Tensor] = {"rotary": rotary_table(config, num_positions, _CPU)}
         self._load(weights)
         self._model = self._build_model()
+        self._exchange = None if shard.exchange is None else byref(shard.exchange.struct)
         self._scratch = aligned_empty(0, torch.uint8)
-        self._logits = torch.empty(0, config.vocab_size)
+        self._memory = aligned_empty(0, torch.uint8) if shard.exchange is None else shard.exchange.memory
 
     def forward(self, batch: ForwardBatch) -> HiddenStates:
         native = NativeBatch(batch)
@@ -62,35 +71,67 @@ class CpuDecoder:
         size = self._kernels.bt_decoder_scratch_bytes(model, batch_ref, self._num_threads)
         if size > len(self._scratch):
             self._scratch = aligned_empty(size + size // 4, torch.uint8)
-        halves = 2 * self._config.num_layers
-        step = halves if self._shard.size == 1 else 1
-        for half in range(0, halves, step):
+        shared = self._share(len(batch.token_ids))
+        num_parts = 1 + 4 * self._config.num_layers
+        in_one = self._shard.size == 1 or self._exchange is not None
+        for first, last in [(0, num_parts)] if in_one else pairwise(range(num_parts + 1)):
             self._kernels.bt_decoder_run(
-                model, batch_ref, byref(self._pool), self._scratch.data_ptr(), half, half + step, self._num_threads
+                *(model, batch_ref, byref(self._pool), byref(shared.struct), self._scratch.data_ptr()),
+                *(first, last, self._exchange, self._num_threads),
             )
-            if self._shard.size > 1:
-                self._reduce_delta(len(batch.token_ids))
-        return _CpuHidden(self, native)
+            if not in_one:
+                self._gather(shared, first)
+        return _CpuHidden(self, native, shared)
 
-    def head(self, native: NativeBatch, rows: NDArray[np.int64]) -> torch.Tensor:
+    def head(self, native: NativeBatch, shared: "_Shared", rows: NDArray[np.int64]) -> torch.Tensor:
         """[R, V] float32, overwritten by the next call."""
-        if len(rows) > len(self._logits):
-            self._logits = torch.empty(len(rows), self._config.vocab_size)
-        logits = self._logits[: len(rows)]
+        vocab = self._config.vocab_size
+        logits = self._take([(len(rows), vocab)], torch.float32, shared.end)[0]
         self._kernels.bt_decoder_head(
-            *(byref(self._model), byref(native.struct), self._scratch.data_ptr(), rows.ctypes.data, len(rows)),
-            *(logits.data_ptr(), self._config.vocab_size, self._num_threads),
+            *(byref(self._model), byref(native.struct), byref(shared.struct), self._scratch.data_ptr()),
+            *(rows.ctypes.data, len(rows), logits.data_ptr(), vocab, self._exchange, self._num_threads),
         )
+        if self._exchange is None:
+            self._shard.gather_columns(logits, self._shard.borders(vocab))
         return logits
 
-    def _reduce_delta(self, num_tokens: int) -> None:
-        count = num_tokens * self._config.hidden_size
-        delta = self._scratch[: 2 * count].view(torch.bfloat16)
-        delta.copy_(self._shard.all_reduce(delta))
+    def _share(self, num_tokens: int) -> "_Shared":
+        """The tensors of a step that all ranks see whole."""
+        config = self._config
+        widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+        tensors = self._take([(num_tokens, width) for width in widths], torch.bfloat16, 0)
+        return _Shared(*tensors)
+
+    def _take(self, shapes: list[tuple[int, int]], dtype: torch.dtype, start: int) -> list[torch.Tensor]:
+        """Tensors side by side in the shared memory, from byte `start` on; private memory grows as needed."""
+        starts = list(accumulate((_padded(m * n * dtype.itemsize) for m, n in shapes), initial=start))
+        if starts[-1] > len(self._memory):
+            if self._exchange is not None:
+                raise MemoryError(
+                    f"a step needs {starts[-1]} bytes of shared memory, the ranks have {len(self._memory)}"
+                )
+            self._memory = aligned_empty(starts[-1] + starts[-1] // 4, torch.uint8)  # whoever uses the old keeps it
+        return [
+            self._memory[first : first + m * n * dtype.itemsize].view(dtype).view(m, n)
+            for first, (m, n) in zip(starts, shapes, strict=False)
+        ]
+
+    def _gather(self, shared: "_Shared", part: int) -> None:
+        """Fill in what the other ranks computed in a part."""
+        config, shard = self._config, self._shard
+        if part % 4 == 1:
+            shard.gather_columns(shared.attended, [h * config.head_dim for h in head_borders(config, shard.size)])
+        elif part % 4 == 3:
+            shard.gather_columns(shared.activated, shard.borders(config.intermediate_size))
+        else:
+            shard.gather_columns(shared.delta, shard.borders(config.hidden_size))
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         biases: dict[str, torch.Tensor] = {}
-        for name, tensor in iter_parameters(self._config, self._shard, weights, dtype=torch.bfloat16, device=_CPU):
+        parameters = iter_parameters(
+            self._config, self._shard, weights, dtype=torch.bfloat16, device=_CPU, cut="outputs"
+        )
+        for name, tensor in parameters:
             module, _, kind = name.rpartition(".")
             if kind == "weight":
                 self._linears[module] = PackedLinear(self._kernels, tensor, paired=module.endswith("gate_up"))
@@ -98,7 +139,7 @@ class CpuDecoder:
                 biases[module] = tensor
             elif name == "embedding":
                 self._vectors[name] = tensor
-                if self._config.tie_word_embeddings:
+                if self._config.tie_word_embeddings and self._shard.size == 1:
                     self._linears["head"] = PackedLinear(self._kernels, tensor)
             else:
                 self._vectors[name] = tensor.float()
@@ -106,17 +147,17 @@ class CpuDecoder:
             self._linears[module].set_bias(bias)
 
     def _build_model(self) -> ModelStruct:
-        config, sizes = self._config, local_sizes(self._config, self._shard)
+        config, sizes, shard = self._config, self._sizes, self._shard
         layers = (LayerStruct * config.num_layers)()
         for index in range(config.num_layers):
             layers[index] = self._build_layer(f"layers.{index}.")
         return ModelStruct(
             num_layers=config.num_layers,
             hidden=config.hidden_size,
-            intermediate=sizes.intermediate_size,
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=config.head_dim,
+            embedding_columns=self._vectors["embedding"].shape[1],
             eps=config.rms_norm_eps,
             scale=config.head_dim**-0.5,
             embedding=self._address("embedding"),
@@ -124,6 +165,12 @@ class CpuDecoder:
             final_norm=self._address("final_norm"),
             head=self._linears["head"].struct,
             layers=layers,
+            first=FirstColumnsStruct(
+                delta=shard.span(config.hidden_size)[0],
+                attended=sizes.heads[0] * config.head_dim,
+                activated=sizes.inner[0],
+                logits=shard.span(config.vocab_size)[0],
+            ),
         )
 
     def _build_layer(self, prefix: str) -> LayerStruct:
@@ -136,10 +183,23 @@ class CpuDecoder:
         return None if vector is None else vector.data_ptr()
 
 
+class _Shared:
+    """The tensors of one step that all ranks see whole: [T, E], [T, all H D] and [T, F], bf16."""
+
+    def __init__(self, delta: torch.Tensor, attended: torch.Tensor, activated: torch.Tensor) -> None:
+        self.delta, self.attended, self.activated = delta, attended, activated
+        self.struct = SharedStruct(delta.data_ptr(), attended.data_ptr(), activated.data_ptr())
+        self.end = sum(_padded(one.nbytes) for one in (delta, attended, activated))
+        """Bytes of the shared memory in use."""
+
+
 class _CpuHidden:
-    def __init__(self, decoder: CpuDecoder, native: NativeBatch) -> None:
-        self._decoder = decoder
-        self._native = native
+    def __init__(self, decoder: CpuDecoder, native: NativeBatch, shared: _Shared) -> None:
+        self._decoder, self._native, self._shared = decoder, native, shared
 
     def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        return self._decoder.head(self._native, np.ascontiguousarray(rows, np.int64))
+        return self._decoder.head(self._native, self._shared, np.ascontiguousarray(rows, np.int64))
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

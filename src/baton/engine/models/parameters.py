@@ -3,10 +3,15 @@
 Fusing: q, k and v become `qkv`, gate and up become `gate_up`, so that each is one product. `iter_parameters` gives every
 parameter as soon as its last part came, so that it can be packed and let go before the next one. Not here: files
 (weights/), the layout that a kernel wants (decoder_cpu).
+
+Over several ranks q, k, v, gate, up and the head are cut by output rows and the embedding by columns. The output products
+(o, down) have two ways, `Cut`: by "inputs", which leaves one sum over the ranks for each half layer and is what most engines do;
+or by "outputs", where ranks exchange activations instead and every sum is formed on one rank, in the order of one rank.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -14,6 +19,8 @@ from baton.engine.errors import ModelError
 from baton.engine.models.shard import LocalSizes, Shard, local_sizes
 from baton.engine.models.spec import ModelConfig
 from baton.engine.weights.names import expected_tensors, is_ignorable
+
+Cut = Literal["inputs", "outputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +42,24 @@ class _Pending:
     missing_parts: int
 
 
-def plan_parts(config: ModelConfig, shard: Shard) -> dict[str, Part]:
-    """HF name -> where it goes. Parameters are named "layers.3.qkv.weight", "embedding", "final_norm", "head.weight"."""
+def plan_parts(config: ModelConfig, shard: Shard, cut: Cut) -> dict[str, tuple[Part, ...]]:
+    """HF name -> where it goes. Parameters are named "layers.3.qkv.weight", "embedding", "final_norm", "head.weight".
+
+    One rank has no "head.weight" of its own where the head is the embedding.
+    """
     sizes = local_sizes(config, shard)
-    parts = {
-        "model.embed_tokens.weight": _whole("embedding"),
-        "model.norm.weight": _whole("final_norm"),
+    embedding = Part("embedding", slice(None), slice(*shard.span(config.hidden_size)), 0)
+    head = Part("head.weight", slice(*shard.span(config.vocab_size)), None, 0)
+    is_shared = config.tie_word_embeddings
+    parts: dict[str, tuple[Part, ...]] = {
+        "model.embed_tokens.weight": (embedding, head) if is_shared and shard.size > 1 else (embedding,),
+        "model.norm.weight": (_whole("final_norm"),),
     }
-    if not config.tie_word_embeddings:
-        parts["lm_head.weight"] = _whole("head.weight")
+    if not is_shared:
+        parts["lm_head.weight"] = (head,)
     for layer in range(config.num_layers):
-        parts.update(_layer_parts(config, shard, sizes, f"model.layers.{layer}.", f"layers.{layer}."))
+        found = _layer_parts(config, shard, sizes, cut, f"model.layers.{layer}.", f"layers.{layer}.")
+        parts.update({name: (part,) for name, part in found.items()})
     return parts
 
 
@@ -56,32 +70,34 @@ def iter_parameters(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    cut: Cut,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(parameter, tensor) in the order in which they become complete.
 
     Raises `ModelError` naming the tensor that is unknown, given twice, of a wrong shape, or missing at the end.
     """
-    parts, shapes = plan_parts(config, shard), expected_tensors(config)
+    parts, shapes = plan_parts(config, shard, cut), expected_tensors(config)
     sizes = _parameter_sizes(parts, shapes)
     pending: dict[str, _Pending] = {}
     for name, tensor in weights:
-        part = parts.pop(name, None)
-        if part is None:
+        targets = parts.pop(name, None)
+        if targets is None:
             if name not in shapes and is_ignorable(name, config):
                 continue
             problem = "was given twice" if name in shapes else f"is not part of a {config.architecture}"
             raise ModelError(f"tensor {name} {problem}.")
         if tuple(tensor.shape) != shapes[name]:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, the config implies {list(shapes[name])}.")
-        entry = pending.get(part.parameter)
-        if entry is None:
-            shape, count = sizes[part.parameter]
-            entry = pending[part.parameter] = _Pending(torch.empty(shape, dtype=dtype, device=device), count)
-        _copy(part, tensor, entry.tensor)
-        entry.missing_parts -= 1
-        if entry.missing_parts == 0:
-            del pending[part.parameter]
-            yield part.parameter, entry.tensor
+        for part in targets:
+            entry = pending.get(part.parameter)
+            if entry is None:
+                shape, count = sizes[part.parameter]
+                entry = pending[part.parameter] = _Pending(torch.empty(shape, dtype=dtype, device=device), count)
+            _copy(part, tensor, entry.tensor)
+            entry.missing_parts -= 1
+            if entry.missing_parts == 0:
+                del pending[part.parameter]
+                yield part.parameter, entry.tensor
     if parts:
         more = f" (and {len(parts) - 1} more)" if len(parts) > 1 else ""
         raise ModelError(f"missing tensor {next(iter(parts))}{more}.")
@@ -97,16 +113,17 @@ def _copy(part: Part, source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _parameter_sizes(
-    parts: dict[str, Part], shapes: dict[str, tuple[int, ...]]
+    parts: dict[str, tuple[Part, ...]], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[tuple[int, ...], int]]:
     """parameter -> (shape, number of parts)."""
     sizes: dict[str, tuple[tuple[int, ...], int]] = {}
-    for name, part in parts.items():
+    for name, targets in parts.items():
         source = shapes[name]
-        rows = len(range(source[0])[part.rows])
-        rest = source[1:] if part.columns is None else (len(range(source[1])[part.columns]),)
-        shape, count = sizes.get(part.parameter, ((0, *rest), 0))
-        sizes[part.parameter] = ((shape[0] + rows, *rest), count + 1)
+        for part in targets:
+            rows = len(range(source[0])[part.rows])
+            rest = source[1:] if part.columns is None else (len(range(source[1])[part.columns]),)
+            shape, count = sizes.get(part.parameter, ((0, *rest), 0))
+            sizes[part.parameter] = ((shape[0] + rows, *rest), count + 1)
     return sizes
 
 
@@ -114,10 +131,12 @@ def _whole(parameter: str) -> Part:
     return Part(parameter, slice(None), None, 0)
 
 
-def _layer_parts(config: ModelConfig, shard: Shard, sizes: LocalSizes, source: str, target: str) -> dict[str, Part]:
+def _layer_parts(
+    config: ModelConfig, shard: Shard, sizes: LocalSizes, cut: Cut, source: str, target: str
+) -> dict[str, Part]:
     dim = config.head_dim
     kv_rows = slice(sizes.kv_heads[0] * dim, sizes.kv_heads[1] * dim)
-    q_rows = slice(kv_rows.start * sizes.group, kv_rows.stop * sizes.group)
+    q_rows = slice(sizes.heads[0] * dim, sizes.heads[1] * dim)
     q_count, kv_count = q_rows.stop - q_rows.start, kv_rows.stop - kv_rows.start
     inner = slice(*sizes.inner)
     columns = {  # HF module -> (fused parameter, rows of this rank, offset in the fused one, has a bias)
@@ -132,13 +151,16 @@ def _layer_parts(config: ModelConfig, shard: Shard, sizes: LocalSizes, source: s
         parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", rows, None, offset)
         if has_bias:
             parts[f"{source}{module}.bias"] = Part(f"{target}{name}.bias", rows, None, offset)
-    for module, name, cut, has_bias in (
+    own_hidden = slice(*shard.span(config.hidden_size))
+    for module, name, inputs, has_bias in (
         ("self_attn.o_proj", "out", q_rows, config.attention_out_bias),
         ("mlp.down_proj", "down", inner, config.mlp_bias),
     ):
-        parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", slice(None), cut, 0)
+        rows, columns_in = (slice(None), inputs) if cut == "inputs" else (own_hidden, None)
+        parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", rows, columns_in, 0)
         if has_bias:
-            parts[f"{source}{module}.bias"] = Part(f"{target}{name}.bias", slice(None), None, 0, shard.rank != 0)
+            is_anothers = cut == "inputs" and shard.rank != 0
+            parts[f"{source}{module}.bias"] = Part(f"{target}{name}.bias", rows, None, 0, is_anothers)
     parts[f"{source}input_layernorm.weight"] = _whole(f"{target}attention_norm")
     parts[f"{source}post_attention_layernorm.weight"] = _whole(f"{target}mlp_norm")
     if config.qk_norm:

@@ -1,42 +1,73 @@
-"""Which part of a model one rank holds, and how the ranks' partial results meet.
+"""Which part of a model one rank holds, and how the ranks' results meet.
 
-Column-parallel layers (q, k, v, gate, up) are cut by output rows, row-parallel ones (o, down) by input columns, so one
-reduction ends each half layer. Splits may be uneven. Not here: process groups; a shard of several ranks takes its
-reduction from outside.
+Heads, feed-forward columns, hidden columns and vocabulary are cut into one span for each rank; spans may be uneven. With more ranks
+than kv heads a kv head is held by several ranks, which share its query heads. How a product is cut is the decoder's
+choice (`parameters.Cut`). Not here: process groups; a shard of several ranks takes its collective from outside.
 """
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from baton.engine.errors import ModelError
 from baton.engine.models.spec import ModelConfig
 
-AllReduce = Callable[[torch.Tensor], torch.Tensor]
+
+class Collective(Protocol):
+    """What ranks do together. All make the same calls in the same order."""
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, on each of them; in place or not."""
+
+    def gather_columns(self, rows: torch.Tensor, borders: Sequence[int]) -> None:
+        """`rows`: [R, W]; rank r has filled columns borders[r] to borders[r + 1]; the others' are filled in here."""
+
+
+class Exchange(Protocol):
+    """Memory that all ranks of one host share, and the C structure by which they meet (kernels/csrc/exchange.h)."""
+
+    @property
+    def struct(self) -> ctypes.Structure:
+        """Belongs to the kernels while a call runs."""
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """uint8, 64-byte aligned, the same bytes on all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank `rank` of `size`. Invariant: size == 1, or `reduce` is given."""
+    """Rank `rank` of `size`. Invariant: size == 1, or `collective` is given."""
 
     rank: int = 0
     size: int = 1
-    reduce: AllReduce | None = None
-    """Sums a tensor over the ranks, in place or not, and gives the sum."""
+    collective: Collective | None = None
+    exchange: Exchange | None = None
+    """Where all ranks share memory: the C decoder then needs no collective."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank must be in [0, {self.size}), got {self.rank}")
-        if self.size > 1 and self.reduce is None:
-            raise ValueError("a shard of several ranks needs a reduction")
+        if self.size > 1 and self.collective is None:
+            raise ValueError("a shard of several ranks needs a collective")
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        return partial if self.reduce is None else self.reduce(partial)
+        return partial if self.collective is None else self.collective.all_reduce(partial)
+
+    def gather_columns(self, rows: torch.Tensor, borders: Sequence[int]) -> None:
+        if self.collective is not None:
+            self.collective.gather_columns(rows, borders)
 
     def span(self, total: int) -> tuple[int, int]:
         """First and one-behind-last unit of this rank; the ranks' spans follow one another and cover `total`."""
         return total * self.rank // self.size, total * (self.rank + 1) // self.size
+
+    def borders(self, total: int) -> list[int]:
+        """Where the spans of all ranks begin, and `total`."""
+        return [total * rank // self.size for rank in range(self.size + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +75,9 @@ class LocalSizes:
     """What this rank computes of each layer."""
 
     kv_heads: tuple[int, int]
-    """First and one-behind-last kv head; query heads follow their kv heads."""
-    group: int
-    """Query heads for each kv head."""
+    """First and one-behind-last kv head."""
+    heads: tuple[int, int]
+    """The query heads that this rank computes; all of them attend to `kv_heads`."""
     inner: tuple[int, int]
     """Span of the feed-forward size."""
 
@@ -56,7 +87,7 @@ class LocalSizes:
 
     @property
     def num_heads(self) -> int:
-        return self.num_kv_heads * self.group
+        return self.heads[1] - self.heads[0]
 
     @property
     def intermediate_size(self) -> int:
@@ -64,9 +95,32 @@ class LocalSizes:
 
 
 def local_sizes(config: ModelConfig, shard: Shard) -> LocalSizes:
-    if shard.size > config.num_kv_heads:
+    """Raises `ModelError` where a rank would have nothing to do."""
+    if shard.size > config.num_heads or shard.size > config.intermediate_size:
         raise ModelError(
-            f"{shard.size} ranks cannot share {config.num_kv_heads} kv heads; use at most that many ranks."
+            f"{shard.size} ranks cannot share {config.num_heads} query heads and {config.intermediate_size} "
+            "feed-forward columns; use at most as many ranks as there are of either."
         )
-    group = config.num_heads // config.num_kv_heads
-    return LocalSizes(shard.span(config.num_kv_heads), group, shard.span(config.intermediate_size))
+    kv_heads, heads = _head_spans(config, shard.rank, shard.size)
+    return LocalSizes(kv_heads, heads, shard.span(config.intermediate_size))
+
+
+def head_borders(config: ModelConfig, size: int) -> list[int]:
+    """The query heads at which the ranks' spans begin, and their number."""
+    return [_head_spans(config, rank, size)[1][0] for rank in range(size)] + [config.num_heads]
+
+
+def _head_spans(config: ModelConfig, rank: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(kv heads, query heads) of a rank."""
+    total, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    if size <= total:
+        first, last = total * rank // size, total * (rank + 1) // size
+        return (first, last), (first * group, last * group)
+    # kv head h belongs to ranks size * h // total .. size * (h + 1) // total.
+    kv_head = next(h for h in range(total) if rank < size * (h + 1) // total)
+    first_rank, count = size * kv_head // total, size * (kv_head + 1) // total - size * kv_head // total
+    if count > group:
+        raise ModelError(f"{size} ranks cannot share {config.num_heads} query heads over {total} kv heads.")
+    place = rank - first_rank
+    start = kv_head * group
+    return (kv_head, kv_head + 1), (start + group * place // count, start + group * (place + 1) // count)

@@ -3,13 +3,11 @@
 
 #include "decoder.h"
 
-void embed_rows(const Model *m, const Batch *b, float *residual, int64_t first, int64_t last) {
+void embed_rows(const Model *m, const Batch *b, bf16 *delta, float *residual, int64_t first, int64_t last) {
+    size_t bytes = (size_t)m->embedding_columns * sizeof(bf16);
     for (int64_t t = first; t < last; t++) {
-        const bf16 *src = m->embedding + b->token_ids[t] * m->hidden;
-        for (int64_t i = 0; i < m->hidden; i += LANES) {
-            __mmask16 k = lanes_below(m->hidden - i);
-            _mm512_mask_storeu_ps(residual + t * m->hidden + i, k, load_bf16_masked(k, src + i));
-        }
+        memcpy(delta + t * m->hidden + m->first.delta, m->embedding + b->token_ids[t] * m->embedding_columns, bytes);
+        memset(residual + t * m->hidden, 0, (size_t)m->hidden * sizeof(float));
     }
 }
 
