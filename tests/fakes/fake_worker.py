@@ -121,6 +121,8 @@ class FakeWorker:
         """Requests that break the protocol; a bed fails at its end if there are any."""
         self.calls: Counter[str] = Counter()
         self.healthy = True
+        self.info: dict[str, Any] = {}
+        """More of what /get_server_info answers."""
         self.frozen = False
         """Takes requests and never answers, health checks neither."""
         self.port = 0
@@ -243,7 +245,7 @@ class _Connection(asyncio.Protocol):
         elif path in ("/health_generate", "/flush_cache"):
             self.reply(200, b"ok", "text/plain")
         elif path == "/get_server_info":
-            self.reply(200, json.dumps({"internal_states": [{"port": worker.port}], "version": "fake"}).encode())
+            self.reply(200, _json({"internal_states": [{"port": worker.port}], "version": "fake", **worker.info}))
         elif path == "/get_model_info":
             self.reply(200, b'{"model_path":"fake","is_generation":true}')
         elif path == "/v1/models":

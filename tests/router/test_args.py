@@ -3,7 +3,7 @@
 import pytest
 
 from baton.router.args import BATON, LAUNCH_ROUTER, MINI_LB, parse_args
-from baton.router.config import WorkerSpec
+from baton.router.config import KvSource, WorkerSpec
 
 PD = ["--prefill", "http://p0:8000", "http://p1:8000", "--decode", "http://d0:8000"]
 
@@ -94,9 +94,27 @@ def test_flags_without_effect_are_named():
     assert [note.split()[0] for note in notes] == ["--rust-lb", "--log-interval", "--model-path"]
 
 
+def test_a_tokenizer_and_endpoints_for_kv_events(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    events = ["--kv-events-endpoint", "http://w:8000=tcp://w:5557,tcp://w:5558", "http://v:8000=tcp://v:5557"]
+    config, notes = parse_args([*PD, "--model-path", str(tmp_path), "--max-kv-blocks", "9", *events])
+    assert config.tokenizer == str(tmp_path)
+    assert config.cache_aware.max_kv_blocks == 9
+    assert config.kv_sources == {
+        "http://w:8000": KvSource("tcp://w:5557", "tcp://w:5558"), "http://v:8000": KvSource("tcp://v:5557"),
+    }  # fmt: skip
+    assert notes == []
+    _, notes = parse_args([*PD, "--policy", "random", "--tokenizer-path", str(tmp_path), *events])
+    assert [note.split()[0] for note in notes] == ["--tokenizer-path", "--kv-events-endpoint"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--tokenizer-path", "/nowhere"], "--tokenizer-path: there is no tokenizer.json in /nowhere"),
+        (["--kv-events-endpoint", "http://w:1"], "must be WORKER=ENDPOINT"),
+        (["--kv-events-endpoint", "http://w:1=udp://w:2"], "--kv-events-endpoint: must be tcp://HOST:PORT"),
+        (["--max-kv-blocks", "0"], "--max-kv-blocks must be at least 1"),
         (["--polcy", "random"], "did you mean --policy"),
         (["--prefil", "http://a:1"], "did you mean --prefill"),
         (["--service-discovery"], "POST /workers"),
