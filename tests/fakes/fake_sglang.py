@@ -39,7 +39,7 @@ class Asked:
 
 
 Fault = Callable[[Asked], str | None]
-"""Per generation: None (healthy), "status", "abort", "error event", "cut", "hang"."""
+"""Per generation: None (healthy), "status", "abort", "error event", "cut", "hang", "late" (after some other)."""
 
 
 @dataclass
@@ -56,6 +56,7 @@ class FakeSglang:
     _known: set[tuple[Any, ...]] = field(default_factory=set)
     _num_running: int = 0
     _num_answered: int = 0
+    _another_answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def port(self) -> int:
@@ -118,6 +119,8 @@ class FakeSglang:
     async def _send(self, response: web.StreamResponse, event: dict[str, Any], fault: str | None) -> None:
         if fault == "hang":
             await asyncio.Event().wait()
+        if fault == "late":
+            await self._another_answered.wait()
         if fault == "error event":
             event = {"error": {"message": "page lost", "code": 503}}
         await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
@@ -125,6 +128,8 @@ class FakeSglang:
     async def _end(self, response: web.StreamResponse) -> web.StreamResponse:
         self._num_running -= 1
         self._num_answered += 1
+        self._another_answered.set()
+        self._another_answered = asyncio.Event()
         await response.write(b"data: [DONE]\n\n")
         return response
 
