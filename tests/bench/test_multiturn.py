@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tests.bench.conftest import Bench
 from tests.fakes.fake_sglang import Asked
 
-from baton.bench.multiturn import main
+from baton.bench.args import parse_multiturn_args
+from baton.bench.multiturn import main, measure
 
 NUM_CLIENTS, NUM_ROUNDS, LENGTH, OUTPUT = 5, 3, 16, 2
 LINES = [
@@ -176,19 +178,25 @@ async def test_a_token_without_text_counts(bench: Bench) -> None:
     assert line["summary"]["average_ttft"] > 0
 
 
-async def test_equal_runs_have_equal_hashes_and_orders(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    await bench.run("--output-hash")
-    # the first of each round is answered after another: the order of completion is no input
+async def test_the_order_of_completion_is_no_input(bench: Bench) -> None:
+    args = parse_multiturn_args(bench.flags())
+    plain = await measure(args, Console(quiet=True), request_rate=1e5)
+    # the first of each round is answered after another
     bench.server.fault = lambda asked: (
         "late" if asked.num_answered % NUM_CLIENTS == 0 and asked.num_running == 1 else None
     )
-    await bench.run("--output-hash")
-    hashes = re.findall(r"Output hash: ([0-9a-f]{64})", capsys.readouterr().out)
-    assert len(hashes) == 2 and hashes[0] == hashes[1]
-    prompts = [one.prompt for one in bench.server.asked]
-    assert prompts[:15] == prompts[15:]
-    await bench.run("--output-length", "3", "--output-hash")
-    assert logged(bench)[2]["output_hash"] != hashes[0]
+    late = await measure(args, Console(quiet=True), request_rate=1e5)
+    first, second = ([(one.client, one.round_idx) for one in result.run.records] for result in (plain, late))
+    assert first == second
+    assert plain.output_hash == late.output_hash and plain.run.histories == late.run.histories
+
+
+async def test_other_answers_have_another_hash(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    for length in ("2", "2", "3"):
+        await bench.run("--output-length", length, "--output-hash")
+    printed = re.findall(r"Output hash: ([0-9a-f]{64})", capsys.readouterr().out)
+    assert printed == [line["output_hash"] for line in logged(bench)]
+    assert printed[0] == printed[1] != printed[2]
 
 
 async def test_the_cache_is_flushed_before_a_run_and_between_rounds_if_wanted(bench: Bench) -> None:
