@@ -1,4 +1,4 @@
-"""Groups, StatefulSets and Deployments for tests, by what matters in them."""
+"""Groups, StatefulSets, Deployments and LeaderWorkerSets for tests, by what matters in them."""
 
 from __future__ import annotations
 
@@ -56,6 +56,30 @@ def deployment(replicas: int = 3, image: str = "img:1", **spec: Any) -> Object:
             "replicas": replicas,
             "selector": {"matchLabels": {"app": "x"}},
             "template": pod_template(image),
+            **spec,
+        },
+    }
+
+
+def leader_worker_set(
+    replicas: int = 1,
+    size: int = 2,
+    image: str = "img:1",
+    *,
+    rolling: Object | None = None,
+    annotations: dict[str, str] | None = None,
+    template: Object | None = None,
+    **spec: Any,
+) -> Object:
+    """``rolling`` is short for rolloutStrategy.rollingUpdateConfiguration, ``template`` adds to leaderWorkerTemplate."""
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "metadata": {"name": "x", "namespace": "default", **({"annotations": annotations} if annotations else {})},
+        "spec": {
+            "replicas": replicas,
+            "leaderWorkerTemplate": {"size": size, "workerTemplate": pod_template(image), **(template or {})},
+            "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdateConfiguration": rolling or {}},
             **spec,
         },
     }

@@ -1,6 +1,6 @@
 """Golden traces: `traces/*.yaml` say what happens to pods, step by step; this file only plays them.
 
-A trace has a `group` or `stateful_set` (see builders) and steps. A step's `do` is a list of one-key maps (see `_do`);
+A trace has a `group`, `stateful_set` or `leader_worker_set` (see builders) and steps. A step's `do` is a list of one-key maps (see `_do`);
 controllers then run until they plan nothing, and the pod actions they took must be `then`, in that order. `holds` (role
 -> gate, null for none), `status` and `events` may be checked beside it.
 """
@@ -17,7 +17,8 @@ import yaml
 from tests.controllers import builders
 from tests.fakes.kube_world import KubeWorld
 
-from baton.api.resources import PODS, ROLE_BASED_GROUPS, STATEFUL_SETS, Object
+from baton.api.resources import LEADER_WORKER_SETS, PODS, ROLE_BASED_GROUPS, STATEFUL_SETS, Object
+from baton.controllers.lws import leader_worker_set
 from baton.controllers.rbg import group as rbg
 from baton.controllers.workloads import stateful_set
 
@@ -31,10 +32,13 @@ CASES = [
 
 class Player:
     def __init__(self, case: Object) -> None:
-        self.world = KubeWorld([rbg.CONTROLLER, stateful_set.CONTROLLER])
+        self.world = KubeWorld([rbg.CONTROLLER, stateful_set.CONTROLLER, leader_worker_set.CONTROLLER])
         if "group" in case:
             self.obj = builders.group(*(builders.role(**role) for role in case["group"]))
             self.resource, self.name = ROLE_BASED_GROUPS, "g"
+        elif "leader_worker_set" in case:
+            self.obj = builders.leader_worker_set(**case["leader_worker_set"])
+            self.resource, self.name = LEADER_WORKER_SETS, "x"
         else:
             self.obj = builders.stateful_set(**case["stateful_set"])
             self.resource, self.name = STATEFUL_SETS, "web"
@@ -49,7 +53,8 @@ class Player:
             self.obj["spec"]["roles"] = [builders.role(**role) for role in value]
             self.apply()
         elif action == "spec":
-            self.obj = builders.stateful_set(**value)
+            build = builders.stateful_set if self.resource == STATEFUL_SETS else builders.leader_worker_set
+            self.obj = build(**value)
             self.apply()
         elif action == "ready":
             self.ready(value)
@@ -57,6 +62,11 @@ class Player:
             self.world.terminate()
         elif action == "unready":
             self.world.make_unready(value)
+        elif action == "restarted":
+            self.world.restart(value)
+        elif action == "lost":  # between two passes, nobody saw it go
+            for _ in range(2):
+                self.world.delete(PODS, "default", value)
         elif action == "failed":
             pod = self.pod(value)
             self.world.set_status(pod, {**pod.get("status", {}), "phase": "Failed", "reason": "Evicted"})
@@ -89,7 +99,10 @@ class Player:
         self.world.log.clear()
         for _ in range(20):
             if not self.world.reconcile():
-                return [line for line in self.world.log if " Pod " in line or " PersistentVolumeClaim " in line]
+                # a leader's list of its workers is written into it, which is nothing that happens to pods
+                dull = "patch Pod" if self.resource == LEADER_WORKER_SETS else "-"
+                told = [line for line in self.world.log if not line.startswith(dull)]
+                return [line for line in told if " Pod " in line or " PersistentVolumeClaim " in line]
         raise AssertionError(f"controllers do not come to rest: {self.world.log[-6:]}")
 
     def holds(self) -> dict[str, str | None]:

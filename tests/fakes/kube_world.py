@@ -156,21 +156,22 @@ class KubeWorld:
                 self.apply(controller, key, plan, primary)
         return busy
 
-    def terminate(self) -> None:
-        """The kubelet lets go of every pod that is being deleted."""
-        for pod in self.all(PODS):
-            if pod["metadata"].get("deletionTimestamp"):
-                self.delete(PODS, pod["metadata"]["namespace"], pod["metadata"]["name"])
+    def terminate(self) -> bool:
+        """The kubelet lets go of every pod that is being deleted; True when there was one."""
+        leaving = [pod["metadata"] for pod in self.all(PODS) if pod["metadata"].get("deletionTimestamp")]
+        for meta in leaving:
+            self.delete(PODS, meta["namespace"], meta["name"])
+        return bool(leaving)
 
     def run_pods(self, limit: int | None = None) -> bool:
         """The kubelet makes pods Ready (at most ``limit``, lowest name first); True when it had something to do."""
-        self.terminate()
+        moved = self.terminate()
         changed = 0
         for pod in self.all(PODS):
             if (limit is None or changed < limit) and self.needs_kubelet(pod):
                 self.make_ready(pod)
                 changed += 1
-        return changed > 0
+        return moved or changed > 0
 
     @staticmethod
     def needs_kubelet(pod: Object) -> bool:
@@ -205,6 +206,16 @@ class KubeWorld:
         assert pod is not None
         condition = {"type": "Ready", "status": "False", "lastTransitionTime": format_time(self.now)}
         self.set_status(pod, {**pod["status"], "conditions": [condition]})
+
+    def restart(self, name: str, exit_code: int = 1, message: str = "", namespace: str = "default") -> None:
+        """A container of the pod ended and runs again."""
+        pod = self.get(PODS, name, namespace)
+        assert pod is not None
+        entry = pod["status"]["containerStatuses"][0]
+        ended = {"exitCode": exit_code, "reason": "Error", "message": message}
+        again = {**entry, "restartCount": entry["restartCount"] + 1, "lastState": {"terminated": ended}}
+        rest = pod["status"]["containerStatuses"][1:]
+        self.set_status(pod, {**pod["status"], "containerStatuses": [again, *rest]})
 
     def settle(self, max_rounds: int = 200) -> None:
         """Controllers and kubelet in turn until nothing moves and nothing waits for time to pass."""

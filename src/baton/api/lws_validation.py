@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from baton.api.common import IntOrPercent
 from baton.api.lws import SUBGROUP_EXCLUSIVE_TOPOLOGY, LeaderWorkerSet, LeaderWorkerTemplate, Spec, worker_name
-from baton.api.quantity import resolve_count
 from baton.api.resources import Object
 from baton.api.validation import pod_template_errors
 from baton.api.wire import FieldError, InvalidObjectError
@@ -77,15 +76,12 @@ def _counts(spec: Spec) -> Iterator[FieldError]:
 
 def _rollout(spec: Spec) -> Iterator[FieldError]:
     update = spec.rollout_strategy.rolling_update_configuration
-    bounds = list(_bound("maxUnavailable", update.max_unavailable)) + list(_bound("maxSurge", update.max_surge))
-    yield from bounds
+    yield from _bound("maxUnavailable", update.max_unavailable)
+    yield from _bound("maxSurge", update.max_surge)
     if update.partition < 0:
         yield _invalid(f"{_ROLLING}.partition", update.partition, "must be greater than or equal to 0")
-    if bounds or spec.replicas <= 0:
-        return
-    down = resolve_count(update.max_unavailable, spec.replicas, round_up=False)
-    surge = resolve_count(update.max_surge, spec.replicas, round_up=True)
-    if not down and not surge:
+    # A percentage that only rounds to 0 is let in (upstream: not), or an autoscaler could make a set invalid.
+    if spec.replicas and update.max_unavailable in (0, "0%") and update.max_surge in (0, "0%"):
         yield _invalid(f"{_ROLLING}.maxUnavailable", update.max_unavailable, "must not be 0 when `maxSurge` is 0")
 
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from tests.fakes.node_connector import FakeNodes
 
-from baton.cluster.apiserver import ApiServer, Serving, Store, Validator, kubeconfig, serve
+from baton.cluster.apiserver import ApiServer, Mutator, Serving, Store, Validator, kubeconfig, serve
 from baton.cluster.apiserver.resources import Conversion
 
 JSON = dict[str, Any]
@@ -70,10 +70,11 @@ class Cluster:
         directory: Path,
         conversions: dict[str, Conversion] | None = None,
         validators: dict[str, Validator] | None = None,
+        mutators: dict[str, Mutator] | None = None,
     ) -> None:
         self.directory = directory
         self.nodes = FakeNodes()
-        self.conversions, self.validators = conversions or {}, validators or {}
+        self.conversions, self.validators, self.mutators = conversions or {}, validators or {}, mutators or {}
         self.watches: list[WatchStream] = []
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -88,7 +89,12 @@ class Cluster:
     async def _start(self) -> None:
         self.store = Store(self.directory / "state.db")
         self.app = ApiServer(
-            self.store, self.nodes, token=TOKEN, conversions=self.conversions, validators=self.validators
+            self.store,
+            self.nodes,
+            token=TOKEN,
+            conversions=self.conversions,
+            validators=self.validators,
+            mutators=self.mutators,
         )
         self.serving = await serve(self.app)
 

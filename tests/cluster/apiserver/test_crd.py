@@ -89,15 +89,26 @@ def to_version(obj: JSON, api_version: str) -> JSON:
     return {**obj, "apiVersion": api_version, "spec": spec}
 
 
-def no_thirteen(obj: JSON) -> list[Cause]:
+def no_thirteen(obj: JSON, old: JSON | None) -> list[Cause]:
+    """Nor may a crew grow by a thousand at once."""
     crew = obj["spec"].get("crew", obj["spec"].get("sailors"))
-    return [Cause.invalid("spec.crew", crew, "is unlucky")] if crew == 13 else []
+    out = [Cause.invalid("spec.crew", crew, "is unlucky")] if crew == 13 else []
+    before = crew if old is None else old["spec"].get("crew", old["spec"].get("sailors"))
+    return [*out, Cause.invalid("spec.crew", crew, "grows too fast")] if crew > before + 1000 else out
+
+
+def full_dozens(obj: JSON) -> JSON:
+    """Eleven sailors are rounded up."""
+    return {**obj, "spec": {**obj["spec"], "crew": 12}} if obj["spec"].get("crew") == 11 else obj
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(
-        tmp_path_factory.mktemp("cluster"), {"boats.harbour.io": to_version}, {"boats.harbour.io": no_thirteen}
+        tmp_path_factory.mktemp("cluster"),
+        {"boats.harbour.io": to_version},
+        {"boats.harbour.io": no_thirteen},
+        {"boats.harbour.io": full_dozens},
     )
     made.create(CRDS, crd())
     yield made
@@ -160,6 +171,14 @@ def test_rules_beyond_the_schema(cluster: Cluster) -> None:
     cluster.create(BOATS, boat("lucky"))
     text = cluster.kubectl("patch", "boat", "lucky", "--type=merge", "-p", '{"spec":{"crew":13}}', fails=True)
     assert "is unlucky" in text
+    text = cluster.kubectl("patch", "boat", "lucky", "--type=merge", "-p", '{"spec":{"crew":2000}}', fails=True)
+    assert "grows too fast" in text, "a rule may look at the stored object too"
+
+
+def test_an_object_is_completed_before_it_is_stored(cluster: Cluster) -> None:
+    assert cluster.create(BOATS, boat("eleven", crew=11))["spec"]["crew"] == 12
+    text = cluster.kubectl("patch", "boat", "eleven", "--type=merge", "-p", '{"spec":{"crew":11}}', "-o", "yaml")
+    assert "crew: 12" in text
 
 
 def test_status_is_apart_and_generation_counts_spec(cluster: Cluster) -> None:

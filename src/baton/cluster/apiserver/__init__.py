@@ -6,9 +6,9 @@ workload controllers, nodes.
 """
 
 from baton.cluster.apiserver.app import ApiServer
-from baton.cluster.apiserver.operations import Validator
+from baton.cluster.apiserver.operations import Mutator, Validator
 from baton.cluster.apiserver.resources import Conversion
 from baton.cluster.apiserver.server import Serving, kubeconfig, serve
 from baton.cluster.apiserver.store import Key, Store
 
-__all__ = ["ApiServer", "Conversion", "Key", "Serving", "Store", "Validator", "kubeconfig", "serve"]
+__all__ = ["ApiServer", "Conversion", "Key", "Mutator", "Serving", "Store", "Validator", "kubeconfig", "serve"]

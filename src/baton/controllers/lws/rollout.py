@@ -48,7 +48,7 @@ class Limits:
 
     @classmethod
     def of(cls, spec: Spec) -> Limits:
-        """From a valid spec. When scaling made both bounds round to 0, one group at a time may be down."""
+        """From a valid spec. Where both bounds round to 0, one group at a time may be down."""
         update = spec.rollout_strategy.rolling_update_configuration
         surge = min(resolve_count(update.max_surge, spec.replicas, round_up=True), spec.replicas)
         unavailable = resolve_count(update.max_unavailable, spec.replicas, round_up=False)
