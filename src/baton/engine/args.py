@@ -20,6 +20,7 @@ from baton.engine.flags import (
     option,
     parse_flags,
 )
+from baton.protocol.kv_events import KvEventsConfig, parse_kv_events_config
 from baton.protocol.pod import manifest_path
 
 USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.launch_server takes the same)"
@@ -147,7 +148,7 @@ class EngineArgs:
     bucket_inter_token_latency: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
     bucket_e2e_request_latency: tuple[float, ...] | None = flag(None, "histogram buckets in seconds", kind=float, is_list=True)
     collect_tokens_histogram: bool = flag(False, "histograms of prompt and generated tokens")
-    kv_events_config: str | None = flag(None, "publish cache events", effect="not served", reason="no cache events are published")
+    kv_events_config: str | None = flag(None, 'JSON: publish what the prefix cache holds, for routers: {"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558", ...}; without endpoint: port 5557 of --host')
     enable_trace: bool = flag(False, "OpenTelemetry", effect="not served", reason="no traces are sent")
     otlp_traces_endpoint: str = flag("localhost:4317", "OpenTelemetry", effect="not served", reason="no traces are sent")
 
@@ -193,6 +194,12 @@ class EngineArgs:
         return float(self.dist_timeout or 1800)
 
     @property
+    def kv_events(self) -> KvEventsConfig | None:
+        """--kv-events-config, where it asks for events. Raises ValueError for one that cannot be used."""
+        config = None if self.kv_events_config is None else parse_kv_events_config(self.kv_events_config)
+        return config if config is not None and config.is_on else None
+
+    @property
     def name(self) -> str:
         """What the OpenAI routes call the model."""
         return self.served_model_name or manifest_path(self.model_path)
@@ -216,6 +223,10 @@ def _refusals(args: EngineArgs) -> list[str]:
     for field, one in flags_of(EngineArgs).items():
         if one.effect == "refused" and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
             problems.append(f"{option(field)} {getattr(args, field)}: {one.reason}")
+    try:
+        _ = args.kv_events
+    except ValueError as error:
+        problems.append(f"--kv-events-config: {error}")
     if args.node_rank >= args.nnodes:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
     if args.tp_size % args.nnodes:
@@ -303,6 +314,8 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
             for field in flags_of(EngineArgs)
             if field.startswith("hicache_storage_") and _is_given(args, field)
         ]
+    if args.kv_events_config is not None and args.disable_radix_cache:
+        notes.append("--kv-events-config has no effect: with --disable-radix-cache nothing is cached")
     if args.max_queued_requests is not None and args.disaggregation_mode != "null":
         notes.append(
             "--max-queued-requests has no effect: with prefill-decode disaggregation the router bounds requests"

@@ -7,6 +7,7 @@ flags mean to a user (`args`).
 import logging
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from baton.engine.args import EngineArgs
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.runner import LeadingRunner
 from baton.engine.errors import ModelError
+from baton.engine.kv_events import open_kv_events
 from baton.engine.load import choose_device, load_model
 from baton.engine.models.spec import ModelConfig
 from baton.engine.runner import Runner, kv_page_bytes
@@ -45,6 +47,8 @@ class Engine:
     transfer: PrefillTransfer | DecodeTransfer | None
     ready: Ready
     tiers: Tiers | None
+    publish_kv_events: Callable[[], None] | None
+    """Tells subscribers what changed in the cache since the last call."""
 
 
 def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> Engine:
@@ -93,7 +97,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         device=str(device),
         attention_backend=runner.attention_backend,
     )
-    return Engine(scheduler, runner, transfer, ready, tiers)
+    return Engine(scheduler, runner, transfer, ready, tiers, open_kv_events(args, cache, page_size))
 
 
 def page_shape(config: ModelConfig, layout: PageLayout) -> PageShape:

@@ -9,12 +9,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import zmq
 
-from baton.kvcache.keyed_cache import Cleared, KvEvent, Removed, Stored
+from baton.engine.args import EngineArgs
+from baton.kvcache.keyed_cache import Cleared, KeyedCache, KvEvent, Removed, Stored
 from baton.kvcache.page_keys import key_as_int64
+from baton.kvcache.prefix_cache import PrefixCache
 from baton.protocol.errors import BatonError
 from baton.protocol.kv_events import (
     END_SEQ,
@@ -30,6 +32,7 @@ from baton.protocol.kv_events import (
     endpoint_of,
     split_endpoint,
 )
+from baton.protocol.pod import listen_host
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +149,15 @@ class KvEventPublisher:
         socket.send_multipart((asker, b"", END_SEQ, b""))
 
 
+def open_kv_events(args: EngineArgs, cache: PrefixCache, page_size: int) -> Callable[[], None] | None:
+    """What publishes the cache's changes since the last call; None: nobody asked for them. Raises `KvEventsError`."""
+    config = args.kv_events
+    if config is None or not isinstance(cache, KeyedCache):
+        return None
+    publisher = KvEventPublisher(config, listen_host(args.host), page_size)
+    return lambda: publisher.publish(cache.take_kv_events())
+
+
 def _wire_event(event: KvEvent, page_size: int) -> Event:
     match event:
         case Stored(keys, parent_key, token_ids, extra_key):
@@ -166,7 +178,9 @@ def _wire_event(event: KvEvent, page_size: int) -> Event:
 
 def _open(socket: "zmq.Socket[bytes]", endpoint: str, key: str, host: str, *, always_binds: bool = False) -> str:
     """Bind to an address of this worker, connect to any other (vLLM's and SGLang's rule for collectors). The endpoint in use."""
-    address, _ = split_endpoint(endpoint)
+    address, port = split_endpoint(endpoint)
+    if address in WILDCARD_HOSTS:
+        endpoint = f"tcp://{listen_host('0.0.0.0')}:{port}"
     binds = always_binds or address in WILDCARD_HOSTS or address.strip("[]") == host
     if ":" in address:
         socket.set(zmq.IPV6, 1)

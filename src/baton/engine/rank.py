@@ -49,6 +49,7 @@ class RankLoop:
         self._runner = engine.runner
         self._transfer = engine.transfer
         self._tiers = engine.tiers
+        self._publish_kv_events = engine.publish_kv_events
         self._clears: dict[int, Future[bool]] = {}
         """Calls that wait for the store to be emptied."""
         self._channel = channel
@@ -78,6 +79,8 @@ class RankLoop:
             if output is not None:
                 self._publish(self._scheduler.apply(output, time.monotonic()))
         self._publish(self._scheduler.drain_outputs(time.monotonic()))
+        if self._publish_kv_events is not None:
+            self._publish_kv_events()
         self._move_pages()
         for action in self._scheduler.drain_actions():
             self._perform(action)

@@ -73,7 +73,7 @@ def open_cache(
     keys = PageKeys(fingerprint, shape.dtype, shape.page_size)
     if args.disable_radix_cache:
         return UnsharedCache(num_pages, shape.page_size, eviction), None
-    with_events = args.kv_events_config is not None
+    with_events = args.kv_events is not None
     if not args.has_tiers:
         if not with_events:
             return PrefixCache(num_pages, shape.page_size, eviction), None

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
+from socket import AF_INET, AF_INET6, SOCK_STREAM
 from typing import Any
 
 import msgspec
@@ -102,7 +103,7 @@ class KvFeeds:
             feed = self._feeds.setdefault(worker.url, Feed(worker.url, policy))
             try:
                 await _unless(wake, feed.run(self._context, source))
-            except zmq.ZMQError as error:
+            except (OSError, TimeoutError, zmq.ZMQError) as error:
                 log.warning("kv events: worker=%s endpoint=%s: %s", worker.url, source.endpoint, error)
                 await _wait(wake, RETRY_S[1])
 
@@ -189,17 +190,17 @@ class Feed:
         return self._policy.index.num_blocks(self._url) if self._url in self._policy.index else 0
 
     async def run(self, context: zmq.asyncio.Context, source: KvSource) -> None:
-        """Listen until cancelled. Raises `zmq.ZMQError` for an endpoint that cannot be used."""
+        """Listen until cancelled. Raises OSError or `zmq.ZMQError` for an endpoint that cannot be used."""
         socket = context.socket(zmq.SUB)
         try:
             for option, value in (
-                (zmq.LINGER, 0), (zmq.RCVHWM, QUEUED_BATCHES), (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES), (zmq.IPV6, 1),
+                (zmq.LINGER, 0), (zmq.RCVHWM, QUEUED_BATCHES), (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
                 (zmq.RECONNECT_IVL, 100), (zmq.RECONNECT_IVL_MAX, 2000), (zmq.TCP_KEEPALIVE, 1),
             ):  # fmt: skip
                 socket.set(option, value)
             socket.subscribe(source.topic)
             monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-            socket.connect(source.endpoint)
+            await _connect(socket, source.endpoint)
             poller = zmq.asyncio.Poller()
             poller.register(socket, zmq.POLLIN)
             poller.register(monitor, zmq.POLLIN)
@@ -259,7 +260,7 @@ class Feed:
             return
         try:
             batches = await ask_replay(context, source.replay_endpoint, start)
-        except (TimeoutError, ValueError, zmq.ZMQError) as error:
+        except (OSError, TimeoutError, ValueError, zmq.ZMQError) as error:
             log.warning("kv events: no replay worker=%s reason=%r", self._url, str(error) or "no answer in time")
             return
         if start == 0 and not batches:  # it has never had anything
@@ -293,17 +294,26 @@ class Feed:
             self._start_at(seq + 1)
 
 
+async def _connect(socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    """Names are looked up here, as for HTTP: libzmq would prefer an IPv6 address that nobody listens on. Raises OSError."""
+    host, port = split_endpoint(endpoint)
+    async with asyncio.timeout(ASK_TIMEOUT_S):
+        found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=SOCK_STREAM)
+    family, *_, address = min(found, key=lambda one: one[0] != AF_INET)
+    socket.set(zmq.IPV6, int(family == AF_INET6))
+    socket.connect(f"tcp://[{address[0]}]:{port}" if family == AF_INET6 else f"tcp://{address[0]}:{port}")
+
+
 async def ask_replay(context: zmq.asyncio.Context, endpoint: str, start: int) -> list[tuple[int, bytes]]:
     """(sequence number, payload) of the batches that the worker still has from `start` on. Raises TimeoutError; ValueError for
-    an answer that is none; `zmq.ZMQError` for an endpoint that cannot be used."""
+    an answer that is none; OSError or `zmq.ZMQError` for an endpoint that cannot be used."""
     batches: list[tuple[int, bytes]] = []
     socket = context.socket(zmq.DEALER)
     try:
         socket.set(zmq.LINGER, 0)
-        socket.set(zmq.IPV6, 1)
         socket.set(zmq.RCVHWM, QUEUED_BATCHES)
         socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        socket.connect(endpoint)
+        await _connect(socket, endpoint)
         await socket.send_multipart([b"", start.to_bytes(SEQ_BYTES, "big")])
         while True:
             async with asyncio.timeout(REPLAY_TIMEOUT_S):
