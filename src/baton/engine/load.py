@@ -17,7 +17,7 @@ from baton.engine.errors import ModelError
 from baton.engine.models.config import load_config
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.models.spec import ModelConfig
-from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.runner import ModelRunner, computes_in_c, kv_from_pages, kv_page_bytes
 from baton.engine.weights.fingerprint import model_fingerprint
 from baton.engine.weights.loader import open_weights
 from baton.engine.weights.names import expected_tensors
@@ -75,21 +75,23 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     context_len = args.context_length or config.max_position_embeddings
     page_size = args.page_size or DEFAULT_PAGE_SIZE
     fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
-    shard = Shard()
+    in_c = computes_in_c(args.own_attention_backend, config, dtype, device)
+    shard, ranks_on_host = Shard(), 1
     num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, shard)
     if group is not None:
         facts = {
             "--model-path (contents)": fingerprint,
             "--dtype": str(dtype).removeprefix("torch."),
             "--device": device.type,
-            "--attention-backend": args.own_attention_backend,
+            "--attention-backend": "cpu" if in_c else "torch_native",
             "--tp-size": str(args.tp_size),
             "--nnodes": str(args.nnodes),
             "--page-size": str(page_size),
             "--context-length": str(context_len),
         }
         num_pages = group.agree(facts, num_pages)
-        shard = group.connect(device)
+        connected = group.connect(device, in_c=in_c)
+        shard, ranks_on_host = connected.shard, connected.ranks_on_host
     memory, kv = allocate_kv(config, dtype, device, num_pages, page_size, shard)
     runner = ModelRunner(
         config,
@@ -100,6 +102,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
         num_positions=context_len,
         attention_backend=args.own_attention_backend,
         shard=shard,
+        num_threads=max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks_on_host)),
     )
     load_weights_s = time.monotonic() - started_s
     if group is not None:

@@ -81,11 +81,7 @@ class ModelRunner:
         shard = shard or Shard()
         positions = num_positions or config.max_position_embeddings
         self._sampler = Sampler()
-        kernels = None
-        if _wants_kernels(attention_backend, config, dtype, device):
-            kernels = load_kernels()
-            if kernels is None and attention_backend == "cpu":
-                raise ModelError("--attention-backend cpu: the C kernels are not available on this machine.")
+        kernels = load_kernels() if computes_in_c(attention_backend, config, dtype, device) else None
         self.is_batch_invariant = kernels is not None
         """Each token's logits are the same bits whatever is computed beside it and however its prompt was cut."""
         self.attention_backend = "cpu" if kernels is not None else TorchAttention.name
@@ -155,6 +151,17 @@ def logit_rows(batch: ForwardBatch) -> list[NDArray[np.int64]]:
     if batch.samples:
         calls.append(ends[[sample.seq_idx for sample in batch.samples]] - 1)
     return calls
+
+
+def computes_in_c(attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model is computed by the C kernels. Raises `ModelError` where they were asked for and cannot."""
+    if not _wants_kernels(attention_backend, config, dtype, device):
+        return False
+    if load_kernels() is not None:
+        return True
+    if attention_backend == "cpu":
+        raise ModelError("--attention-backend cpu: the C kernels are not available on this machine.")
+    return False
 
 
 def _wants_kernels(attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:

@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from baton.engine.batch import ForwardBatch
-from baton.engine.distributed.collective import ProcessGroupCollective, open_store
+from baton.engine.distributed.connect import Connected, connect
 from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
 from baton.engine.distributed.messages import Hello, Step, Welcome, decode_step, encode_step
 from baton.engine.distributed.topology import Topology
-from baton.engine.models.shard import Shard
 
 OnLost = Callable[[str], None]
 LOAD_TIMEOUT_S = 1800.0
@@ -34,8 +33,8 @@ class Group(Protocol):
     def agree(self, facts: dict[str, str], num_pages: int) -> int:
         """Meet the others. Returns the KV pages of every rank. Raises `GroupError`."""
 
-    def connect(self, device: torch.device) -> Shard:
-        """Join the collective."""
+    def connect(self, device: torch.device, *, in_c: bool) -> Connected:
+        """Settle how tensors meet."""
 
     def finish_loading(self) -> None:
         """Wait until every rank has its weights."""
@@ -64,17 +63,32 @@ class LeaderGroup:
         self._leader.tell_all(Welcome(agreed))
         return agreed
 
-    def connect(self, device: torch.device) -> Shard:
+    def connect(self, device: torch.device, *, in_c: bool) -> Connected:
+        return connect(self, device, in_c=in_c)
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    @property
+    def size(self) -> int:
+        return self.topology.num_ranks
+
+    @property
+    def leader_host(self) -> str:
         # The address by which the others came in is one that all of them reach.
-        host = next(iter(self._leader.controls.values())).socket.getsockname()[0]
-        store = open_store(host, 0, is_leader=True)
-        self._phase("store", str(store.port))
-        collective = ProcessGroupCollective(store, 0, self.topology.num_ranks, device, host)
-        self._phase("collective")
-        return Shard(0, self.topology.num_ranks, collective)
+        host: str = next(iter(self._leader.controls.values())).socket.getsockname()[0]
+        return host
+
+    @property
+    def own_host(self) -> str:
+        return self.leader_host
+
+    def phase(self, name: str, value: str = "") -> list[str]:
+        return self._leader.phase(name, value, LOAD_TIMEOUT_S)
 
     def finish_loading(self) -> None:
-        self._phase("weights")
+        self.phase("weights")
 
     def send_step(self, batch: ForwardBatch, logit_rows: list[NDArray[np.int64]]) -> None:
         """Tell the others what this rank computes next. Raises `GroupError` when one is gone."""
@@ -87,9 +101,6 @@ class LeaderGroup:
         if self._heartbeat is not None:
             self._heartbeat.close(last_words)
         self._leader.close()
-
-    def _phase(self, name: str, value: str = "") -> list[str]:
-        return self._leader.phase(name, value, LOAD_TIMEOUT_S)
 
 
 class FollowerGroup:
@@ -108,18 +119,32 @@ class FollowerGroup:
         self._heartbeat.start()
         return welcome.num_pages
 
-    def connect(self, device: torch.device) -> Shard:
-        control = self._connected()
-        (store_port, *_) = self._phase("store")
-        leader_host, own_host = control.socket.getpeername()[0], control.socket.getsockname()[0]
-        store = open_store(leader_host, int(store_port), is_leader=False)
-        rank, size = self.topology.rank, self.topology.num_ranks
-        collective = ProcessGroupCollective(store, rank, size, device, own_host)
-        self._phase("collective")
-        return Shard(rank, size, collective)
+    def connect(self, device: torch.device, *, in_c: bool) -> Connected:
+        return connect(self, device, in_c=in_c)
+
+    @property
+    def rank(self) -> int:
+        return self.topology.rank
+
+    @property
+    def size(self) -> int:
+        return self.topology.num_ranks
+
+    @property
+    def leader_host(self) -> str:
+        host: str = self._connected().socket.getpeername()[0]
+        return host
+
+    @property
+    def own_host(self) -> str:
+        host: str = self._connected().socket.getsockname()[0]
+        return host
+
+    def phase(self, name: str, value: str = "") -> list[str]:
+        return finish_phase(self._connected(), name, value, LOAD_TIMEOUT_S)
 
     def finish_loading(self) -> None:
-        self._phase("weights")
+        self.phase("weights")
 
     def receive_step(self) -> tuple[ForwardBatch, list[NDArray[np.int64]]]:
         """Wait for the leader's next step. Raises `GroupError` when it is gone."""
@@ -133,9 +158,6 @@ class FollowerGroup:
             self._heartbeat.close(last_words)
         if self._control is not None:
             self._control.close()
-
-    def _phase(self, name: str, value: str = "") -> list[str]:
-        return finish_phase(self._connected(), name, value, LOAD_TIMEOUT_S)
 
     def _connected(self) -> Connection:
         assert self._control is not None, "agree() comes first"

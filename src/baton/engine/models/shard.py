@@ -40,19 +40,19 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank `rank` of `size`. Invariant: size == 1, or `collective` is given."""
+    """Rank `rank` of `size`. Invariant: size == 1, or one of `collective` and `exchange` is given."""
 
     rank: int = 0
     size: int = 1
     collective: Collective | None = None
     exchange: Exchange | None = None
-    """Where all ranks share memory: the C decoder then needs no collective."""
+    """For the C decoder, where all ranks share memory."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank must be in [0, {self.size}), got {self.rank}")
-        if self.size > 1 and self.collective is None:
-            raise ValueError("a shard of several ranks needs a collective")
+        if self.size > 1 and self.collective is None and self.exchange is None:
+            raise ValueError("a shard of several ranks needs a collective or an exchange")
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         return partial if self.collective is None else self.collective.all_reduce(partial)

@@ -1,0 +1,126 @@
+"""Which way the ranks' tensors meet: memory that all share, or a process group. Settled by all ranks together, step by step.
+
+Shared memory is for the C decoder with all ranks on one host; everything else is gloo or NCCL.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from baton.engine.distributed.collective import ProcessGroupCollective, open_store
+from baton.engine.distributed.control import GroupError
+from baton.engine.distributed.exchange import MAX_RANKS, MemoryOffer, SharedExchange, fetch, reach
+from baton.engine.models.shard import Shard
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE = "BATON_COLLECTIVE"
+"""Environment variable of the leader: "auto", or "gloo" where shared memory is to be left alone (to measure, to test)."""
+_NONE = "none"
+
+
+class Phases(Protocol):
+    """The group during start-up."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def leader_host(self) -> str:
+        """The address by which the others reach the leader."""
+
+    @property
+    def own_host(self) -> str:
+        """The address by which this rank reaches the leader."""
+
+    def phase(self, name: str, value: str = "") -> list[str]:
+        """Wait until every rank is at phase `name`; the values that they bring, in order of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    shard: Shard
+    ranks_on_host: int
+
+
+def connect(group: Phases, device: torch.device, *, in_c: bool) -> Connected:
+    """`in_c`: the model is computed by the C decoder. Raises `GroupError`."""
+    boots = group.phase("host", _boot_id())
+    ranks_on_host = boots.count(boots[group.rank])
+    exchange = _share_memory(group) if in_c and group.size <= MAX_RANKS and ranks_on_host == group.size else None
+    if exchange is not None:
+        logger.info("rank %d of %d shares memory with the others", group.rank, group.size)
+        return Connected(Shard(group.rank, group.size, None, exchange), ranks_on_host)
+    if group.rank == 0:
+        store = open_store(group.leader_host, 0, is_leader=True)
+        group.phase("store", str(store.port))
+    else:
+        (port, *_) = group.phase("store")
+        store = open_store(group.leader_host, int(port), is_leader=False)
+    collective = ProcessGroupCollective(store, group.rank, group.size, device, group.own_host)
+    group.phase("collective")
+    logger.info("rank %d of %d is connected by %s at %s", group.rank, group.size, collective.name, group.own_host)
+    return Connected(Shard(group.rank, group.size, collective), ranks_on_host)
+
+
+def _share_memory(group: Phases) -> SharedExchange | None:
+    """None, on all ranks, where one of them cannot have it."""
+    if group.rank == 0:
+        return _offer_memory(group)
+    (name, *_) = group.phase("offer")
+    if name == _NONE:
+        return None
+    connection = reach(name)
+    reached = group.phase("reach", _NONE if connection is None else "")
+    if connection is None:
+        return None
+    if _NONE in reached:
+        connection.close()
+        return None
+    exchange = fetch(connection, group.rank, group.size)
+    group.phase("memory")
+    return exchange
+
+
+def _offer_memory(group: Phases) -> SharedExchange | None:
+    offer = _open_offer()
+    group.phase("offer", _NONE if offer is None else offer.name)
+    if offer is None:
+        return None
+    try:
+        if _NONE in group.phase("reach"):
+            return None
+        offer.give(group.size - 1)
+        exchange = offer.take(group.size)
+        group.phase("memory")
+        return exchange
+    finally:
+        offer.close()
+
+
+def _open_offer() -> MemoryOffer | None:
+    wanted = os.environ.get(COLLECTIVE, "auto")
+    if wanted not in ("auto", "gloo"):
+        raise GroupError(f"{COLLECTIVE} must be auto or gloo, got {wanted!r}")
+    if wanted == "gloo":
+        return None
+    try:
+        return MemoryOffer()
+    except OSError as error:
+        logger.info("ranks cannot share memory here: %s", error)
+        return None
+
+
+def _boot_id() -> str:
+    """The same for all processes under one kernel."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"pid {os.getpid()}"

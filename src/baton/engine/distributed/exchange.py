@@ -1,0 +1,103 @@
+"""Memory that the ranks of one host share: how they get it, and its layout. Meeting in it is C (kernels/csrc/exchange.h).
+
+The leader's memory file goes to the others over an abstract Unix socket, which needs no file system, so it works between pods with
+separate mounts and /dev/shm, and exists per network namespace, so a rank on another host finds nobody there. Only
+processes of our own user get it. Nobody else can corrupt a result: whoever maps the memory is a rank of the group.
+"""
+
+import contextlib
+import mmap
+import os
+import secrets
+import socket
+import struct
+
+import numpy as np
+import torch
+
+from baton.engine.distributed.control import GroupError
+from baton.engine.kernels.native import ExchangeStruct
+
+SIZE_BYTES = 1 << 33
+"""Of address space: memory is taken where it is written, a few kB for each token of the largest step."""
+HEADER_BYTES = 4096
+SEAT_BYTES = 64
+MAX_RANKS = HEADER_BYTES // SEAT_BYTES
+TIMEOUT_S = 10.0
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+class SharedExchange:
+    """One rank's view of the memory. Implements `models.shard.Exchange`."""
+
+    def __init__(self, descriptor: int, rank: int, size: int) -> None:
+        """Maps the file and closes `descriptor`. Raises OSError."""
+        try:
+            self._mapping = mmap.mmap(descriptor, SIZE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(descriptor)
+        whole = torch.from_numpy(np.frombuffer(self._mapping, np.uint8))
+        self.memory = whole[HEADER_BYTES:]
+        self.struct = ExchangeStruct(seats=whole.data_ptr(), rank=rank, size=size, turn=0)
+
+
+class MemoryOffer:
+    """The leader's side: the memory file, and the socket at which it is fetched."""
+
+    def __init__(self) -> None:
+        """Raises OSError where there are no memory files or no abstract sockets."""
+        self.name = f"baton-ranks-{secrets.token_hex(16)}"
+        self._descriptor = os.memfd_create("baton-ranks", os.MFD_CLOEXEC)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.ftruncate(self._descriptor, SIZE_BYTES)
+            self._listener.bind(f"\0{self.name}")
+            self._listener.listen(MAX_RANKS)
+            self._listener.settimeout(TIMEOUT_S)
+        except OSError:
+            self.close()
+            raise
+
+    def give(self, count: int) -> None:
+        """Hand the memory to the `count` ranks that have connected. Raises `GroupError`."""
+        while count:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError as error:
+                raise GroupError(f"a rank did not fetch the shared memory: {error}") from None
+            with peer:
+                credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+                if _PEER_CREDENTIALS.unpack(credentials)[1] == os.getuid():
+                    socket.send_fds(peer, [b"."], [self._descriptor])
+                    count -= 1
+
+    def take(self, size: int) -> SharedExchange:
+        """The leader's own view."""
+        return SharedExchange(os.dup(self._descriptor), 0, size)
+
+    def close(self) -> None:
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+
+def reach(name: str) -> socket.socket | None:
+    """A connection to the leader's offer; None: not on this host."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(TIMEOUT_S)
+    try:
+        connection.connect(f"\0{name}")
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+def fetch(connection: socket.socket, rank: int, size: int) -> SharedExchange:
+    """The memory that the leader gives. Raises `GroupError`."""
+    try:
+        with connection:
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+        return SharedExchange(descriptors[0], rank, size)
+    except (OSError, IndexError) as error:
+        raise GroupError(f"rank 0 did not hand over the shared memory: {error}") from None
