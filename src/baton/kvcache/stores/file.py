@@ -9,6 +9,7 @@ Measured against LMDB, SQLite with blobs, and one file per object (SGLang's way)
 LMDB, 3 and more times as fast as the others (`benchmarks/store.py`), and the index costs little beside the bytes.
 """
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -16,7 +17,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from baton.kvcache.stores.base import Object, StoreConfig, StoreError
@@ -75,21 +76,18 @@ class FileStore:
         read = [slot is not None and self._read(slot, target) for slot, target in zip(slots, targets, strict=True)]
         still = self._index.lookup(keys, self._size)
         got = [ok and slot == now for ok, slot, now in zip(read, slots, still, strict=True)]
-        self._index.touch([key for key, ok in zip(keys, got, strict=True) if ok])
+        with _no_space_is_no_failure():
+            self._index.touch([key for key, ok in zip(keys, got, strict=True) if ok])
         return got
 
     def batch_put(self, names: Sequence[str], objects: Sequence[Object]) -> list[bool]:
         keys = [_key(name) for name in names]
         there = [slot is not None for slot in self._index.lookup(keys, self._size)]
-        self._index.touch([key for key, is_there in zip(keys, there, strict=True) if is_there])
-        wanted = [i for i, is_there in enumerate(there) if not is_there]
-        if not wanted:
-            return there
-        slots = self._index.reserve(self._size, len(wanted), grow=self._clock() >= self._no_growth_before)
-        num_written = self._write_all([objects[i] for i in wanted], slots)
-        published = self._index.publish(slots[:num_written], [keys[i] for i in wanted[:num_written]])
-        for i, ok in zip(wanted, published, strict=False):
-            there[i] = ok
+        with _no_space_is_no_failure():
+            self._index.touch([key for key, is_there in zip(keys, there, strict=True) if is_there])
+            wanted = [i for i, is_there in enumerate(there) if not is_there]
+            for i, ok in zip(wanted, self._put([keys[i] for i in wanted], [objects[i] for i in wanted]), strict=False):
+                there[i] = ok
         return there
 
     def discard(self, names: Sequence[str]) -> None:
@@ -115,6 +113,14 @@ class FileStore:
 
     def _read(self, slot: int, target: Object) -> bool:
         return os.preadv(self._fd, [target.data], slot * self._stride) == self._size == len(target)
+
+    def _put(self, keys: Sequence[int], objects: Sequence[Object]) -> list[bool]:
+        """For as many as there was room for, whether they are there now."""
+        if not keys:
+            return []
+        slots = self._index.reserve(self._size, len(keys), grow=self._clock() >= self._no_growth_before)
+        num_written = self._write_all(objects, slots)
+        return self._index.publish(slots[:num_written], keys[:num_written])
 
     def _write_all(self, objects: Sequence[Object], slots: Sequence[Slot]) -> int:
         """How many were written; the slots of the rest are given back. A full disk ends it, other errors are raised."""
@@ -156,6 +162,16 @@ class FileStore:
         if capacity < self._stride:
             raise StoreError(f"file: capacity is {wanted!r}, but one object alone takes {self._stride} bytes")
         return capacity
+
+
+@contextlib.contextmanager
+def _no_space_is_no_failure() -> Iterator[None]:
+    """The index cannot grow either when the disk is full: then a put is refused, and a read not noted."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
 
 
 def _key(name: str) -> int:

@@ -172,12 +172,19 @@ class FileIndex:
 
     def _trim(self) -> None:
         """Down to the capacity, which may be less than when this directory was last used; in steps, so that nobody waits long."""
-        while True:
+        excess = True
+        while excess:
             with self._changing() as db:
-                if self._count(db) <= self._capacity:
-                    return
-                for size, number in self._take_oldest(db, _TRIM_STEP, self._now(db)):
+                held = self._count(db)
+                victims = self._oldest(db, self._now(db))
+                for _ in range(_TRIM_STEP):
+                    excess = held > self._capacity
+                    if not excess:
+                        break
+                    size, number = next(victims)
                     self._free(db, size, number)
+                    held -= stride_of(size)
+                self._count(db)
 
     # -- inside a transaction
 
@@ -187,10 +194,12 @@ class FileIndex:
             self._changes.execute("BEGIN IMMEDIATE")
             try:
                 yield self._changes
+                self._changes.execute("COMMIT")
             except BaseException:
-                self._changes.execute("ROLLBACK")
+                # SQLite itself has ended the transaction after some errors.
+                if self._changes.in_transaction:
+                    self._changes.execute("ROLLBACK")
                 raise
-            self._changes.execute("COMMIT")
 
     def _count(self, db: sqlite3.Connection) -> int:
         """Bytes held, also noted in `totals`."""
@@ -229,29 +238,30 @@ class FileIndex:
         """Up to `count` slots of least recently used objects. Objects of another size (another model's) give their space back, and so
         do all while more is held than the capacity."""
         numbers: list[int] = []
-        while len(numbers) < count:
-            victims = self._take_oldest(db, count - len(numbers), oldest_in_use)
-            if not victims:
-                break
-            for victim_size, number in victims:
-                if victim_size == size and held <= self._capacity:
-                    numbers.append(number)
-                    continue
+        if count <= 0:
+            return numbers
+        stride = stride_of(size)
+        for victim_size, number in self._oldest(db, oldest_in_use):
+            if victim_size == size and held <= self._capacity:
+                numbers.append(number)
+            else:
                 self._free(db, victim_size, number)
                 held -= stride_of(victim_size)
-                if held + stride_of(size) <= self._capacity and len(numbers) < count:
-                    numbers += self._take_new(db, size, 1)
-                    held += stride_of(size)
+                more = min(count - len(numbers), (self._capacity - held) // stride)
+                numbers += self._take_new(db, size, more)
+                held += max(0, more) * stride
+            if len(numbers) == count:
+                break
         return numbers
 
-    def _take_oldest(self, db: sqlite3.Connection, count: int, before: int) -> list[tuple[int, int]]:
-        """Forget the least recently used objects; (size, slot) of each, which are the caller's."""
-        victims = db.execute(
-            "SELECT key, size, slot FROM objects WHERE used < ? ORDER BY used LIMIT ?", (before, count)
-        ).fetchall()
-        db.executemany("DELETE FROM objects WHERE key=?", [(key,) for key, _, _ in victims])
-        self.totals.evicted += len(victims)
-        return [(size, number) for _, size, number in victims]
+    def _oldest(self, db: sqlite3.Connection, before: int) -> Iterator[tuple[int, int]]:
+        """(size, slot) of the least recently used objects, which are forgotten one by one; the slot is the caller's."""
+        query = "SELECT key, size, slot FROM objects WHERE used < ? ORDER BY used LIMIT 64"
+        while victims := db.execute(query, (before,)).fetchall():
+            for key, size, number in victims:
+                db.execute("DELETE FROM objects WHERE key=?", (key,))
+                self.totals.evicted += 1
+                yield size, number
 
     def _free(self, db: sqlite3.Connection, size: int, number: int) -> None:
         self._release(size, number)
