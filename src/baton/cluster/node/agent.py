@@ -60,7 +60,7 @@ class NodeAgent:
         self.nodes = Nodes(client, config.nodes, self.isolation.name, config.now)
         self.ready = asyncio.Event()
         """Set when the nodes are registered and everything left behind was adopted."""
-        self.connector = AgentConnector(self._worker_of, self.isolation.runtime)
+        self.connector = AgentConnector(self._worker_of, self.isolation.runtime, self.slots.ended)
         self._workers: dict[str, PodWorker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._hosts = HostsFiles(self.objects, self._living_slots)

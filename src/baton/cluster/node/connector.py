@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 from baton.cluster.node import logs
 from baton.cluster.node.container import Container
+from baton.cluster.node.ended import EndedLogs
 from baton.cluster.node.environment import ContainerConfigError
 from baton.cluster.node.exec_session import AttachSession, ProcessSession
 from baton.cluster.node.pod_worker import PodWorker
@@ -21,22 +22,26 @@ CONNECT_TIMEOUT_S = 10.0
 class AgentConnector:
     """Implements `NodeConnector` over the agent's workers."""
 
-    def __init__(self, find: Callable[[str, str], PodWorker | None], runtime: Runtime) -> None:
-        self._find, self._runtime = find, runtime
+    def __init__(self, find: Callable[[str, str], PodWorker | None], runtime: Runtime, ended: EndedLogs) -> None:
+        self._find, self._runtime, self._ended = find, runtime, ended
 
     async def logs(
         self, namespace: str, pod: str, container: str, options: LogOptions
     ) -> AsyncIterator[bytes]:  # fmt: skip
         one = self._container(namespace, pod, container)
+        path = one.log_file(previous=options.previous)
         if options.previous and not one.has_previous:
-            raise NodeError(f'previous terminated container "{container}" in pod "{pod}" not found')
+            former = self._ended.path(namespace, pod, container)
+            if former is None:
+                raise NodeError(f'previous terminated container "{container}" in pod "{pod}" not found')
+            path = former
         if one.process is None and not options.previous:
             state = one.snapshot().state.get("waiting") or {}
             raise NodeError(f'container "{container}" in pod "{pod}" is waiting to start: {state.get("reason")}')
         process = one.process
         async with contextlib.aclosing(
             logs.read(
-                one.log_file(previous=options.previous), options,
+                path, options,
                 is_over=lambda: options.previous or process is None or process.exit is not None,
             )
         ) as chunks:  # fmt: skip

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.cluster.node.ended import EndedLogs
+
 FIRST_HOST = 256
 """127.X.0.* stays free for the daemon's own listeners."""
 LAST_HOST = 57343
@@ -114,6 +116,7 @@ class SlotStore:
         (self.root / "slots").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.addresses = AddressPool(self.root / "network.json", home)
         self.shm_root = _shm_root(home, self.root)
+        self.ended = EndedLogs(self.root / "ended")
 
     def open(self, uid: str, namespace: str, name: str, node: str) -> Slot:
         """The pod's slot, made at the first call. Raises `AddressError`, OSError."""
@@ -142,7 +145,8 @@ class SlotStore:
             yield slot
 
     def remove(self, slot: Slot) -> None:
-        """Forget the pod: its files and its address. Volumes that are links are not followed."""
+        """Forget the pod: its files but for its logs, and its address. Volumes that are links are not followed."""
+        self.ended.keep(slot.namespace, slot.name, slot.directory / "logs")
         shutil.rmtree(slot.shm, ignore_errors=True)
         shutil.rmtree(slot.directory, ignore_errors=True)
         self.addresses.release(slot.uid)
