@@ -17,6 +17,7 @@ from baton.cluster.node.images import Catalogue, CatalogueError
         ("registry.example.com/team/docker-temp:0.3.4.post2-sglang0.4.10.post2-cuda12.8", "llm"),
         ("registry.example.com/ai/vllm:v0.10.0", "llm"),
         ("", "llm"),
+        ("registry.example.com/ai/mooncake-store:v0.3.13", "mooncake"),
         ("registry.example.com/ac2/etcd:3.6.1", "etcd"),
         ("registry.example.com:5000/ac2/nats:2.11.5", "nats"),
         ("busybox", "shell"),

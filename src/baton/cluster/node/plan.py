@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import baton
-from baton.cluster.node import environment, volumes
+from baton.cluster.node import environment, podhook, volumes
 from baton.cluster.node.environment import ContainerConfigError, Lookup, Object
-from baton.cluster.node.images import ImageMapping
+from baton.cluster.node.images import ImageMapping, machine_variables
 from baton.cluster.node.runtime import POD_IP_VARIABLE, PYHOOK, ContainerPlan, Mount
 from baton.cluster.node.slots import Slot
 
@@ -44,6 +44,9 @@ def build(context: PodContext, container: Object, image: ImageMapping) -> Contai
     env = _machine_env(context, image) | dict(image.env) | own
     env["PATH"] = _joined(image.path, own.get("PATH") or DEFAULT_PATH)
     env["PYTHONPATH"] = _joined((str(PYHOOK), *image.pythonpath), own.get("PYTHONPATH"))
+    hook = podhook.library(Path(machine_variables()["CACHE"]) / "baton" / "node")
+    if hook is not None:
+        env["LD_PRELOAD"] = _joined((str(hook),), own.get("LD_PRELOAD"))
     directory = context.slot.container_dir(container["name"])
     return ContainerPlan(
         argv=_argv(container, own, image),
@@ -51,7 +54,7 @@ def build(context: PodContext, container: Object, image: ImageMapping) -> Contai
         cwd=str(container.get("workingDir") or "/"),
         mounts=tuple(_mounts(context, container, own)),
         share=image.share,
-        keep=_kept(image, own),
+        keep=(*_kept(image), *([str(hook)] if hook else [])),
         hostname=hostname(context.pod),
         hosts=context.slot.hosts,
         shm=context.slot.shm / "shm",
@@ -86,7 +89,7 @@ def _joined(first: tuple[str, ...], rest: str | None) -> str:
     return ":".join((*first, *([rest] if rest else ())))
 
 
-def _kept(image: ImageMapping, env: Mapping[str, str]) -> tuple[str, ...]:
+def _kept(image: ImageMapping) -> tuple[str, ...]:
     """Our code and the image's programs, even when a private /tmp would hide them."""
     places = [sys.prefix, sys.base_prefix, str(Path(baton.__file__).parent.parent), *image.path, *image.pythonpath]
     return tuple(dict.fromkeys(place for place in places if Path(place).exists()))
