@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from baton.kvcache.integrity import IntegrityError
 from baton.kvcache.page_pool import PagePool
-from baton.kvcache.radix_tree import EVICTION_POLICIES, EvictionPolicy
+from baton.kvcache.radix_tree import EvictionPolicy
 
 
 class HostPage:
@@ -38,8 +38,6 @@ class HostPage:
 class HostTier:
     def __init__(self, num_pages: int, policy: EvictionPolicy, on_evicted: Callable[[HostPage, bytes], None]) -> None:
         """`on_evicted`: told the page and the key it had."""
-        if policy not in EVICTION_POLICIES:
-            raise ValueError(f"eviction policy must be one of {', '.join(EVICTION_POLICIES)}, got {policy!r}")
         self._policy = policy
         self._on_evicted = on_evicted
         self._pool = PagePool(num_pages)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from baton.kvcache.radix_tree import EvictionPolicy
+from baton.kvcache.radix_tree import EVICTION_POLICIES, EvictionPolicy
 
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
@@ -37,6 +37,7 @@ class TierConfig:
             raise ValueError(f"host_pages must be at least 1, got {self.host_pages}")
         for name, known in (
             ("write_policy", ("write_through", "write_through_selective", "write_back")),
+            ("eviction_policy", EVICTION_POLICIES),
             ("prefetch_policy", ("best_effort", "wait_complete", "timeout")),
         ):
             if getattr(self, name) not in known:
