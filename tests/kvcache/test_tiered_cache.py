@@ -45,7 +45,7 @@ def filled(**config: Any) -> World:
     world = make(**config, has_store=True)
     for tokens in (A, B):
         world.serve(tokens)
-    world.settle()
+        world.settle()
     assert world.cache.flush()
     world.cache.take_kv_events()
     return world
@@ -137,7 +137,7 @@ def test_lfu_keeps_in_the_host_tier_what_was_used_often() -> None:
 
 
 def test_a_page_that_is_being_loaded_is_not_read_into_before_the_next_copies() -> None:
-    world = filled(host_pages=4, max_read_share=1.0)
+    world = filled(host_pages=4, max_read_share=1.0, max_write_share=1.0)
     prefetch(world, "r", A)
     world.settle()
     held = world.admit(A)
