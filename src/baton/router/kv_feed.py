@@ -192,6 +192,7 @@ class Feed:
     async def run(self, context: zmq.asyncio.Context, source: KvSource) -> None:
         """Listen until cancelled. Raises OSError or `zmq.ZMQError` for an endpoint that cannot be used."""
         socket = context.socket(zmq.SUB)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         try:
             for option, value in (
                 (zmq.LINGER, 0), (zmq.RCVHWM, QUEUED_BATCHES), (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
@@ -199,7 +200,6 @@ class Feed:
             ):  # fmt: skip
                 socket.set(option, value)
             socket.subscribe(source.topic)
-            monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
             await _connect(socket, source.endpoint)
             poller = zmq.asyncio.Poller()
             poller.register(socket, zmq.POLLIN)
@@ -218,6 +218,7 @@ class Feed:
         finally:
             self._lose()
             socket.disable_monitor()
+            monitor.close(0)
             socket.close(0)
 
     async def _begin(self, context: zmq.asyncio.Context, source: KvSource) -> None:
