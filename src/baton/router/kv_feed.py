@@ -43,6 +43,8 @@ REPLAY_TIMEOUT_S = 5.0
 MAX_MESSAGE_BYTES = 64 * 2**20
 QUEUED_BATCHES = 100_000
 POLL_MS = 60_000
+HEARTBEAT_MS = 10_000
+"""A worker whose host is gone closes nothing: three of these without an answer end the connection."""
 
 
 class KvFeeds:
@@ -70,6 +72,7 @@ class KvFeeds:
         if (task := self._tasks.pop(worker, None)) is not None:
             task.cancel()
             await asyncio.wait([task])
+            self._feeds.pop(worker.url, None)
 
     async def stop(self) -> None:
         for worker in list(self._tasks):
@@ -196,7 +199,8 @@ class Feed:
         try:
             for option, value in (
                 (zmq.LINGER, 0), (zmq.RCVHWM, QUEUED_BATCHES), (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
-                (zmq.RECONNECT_IVL, 100), (zmq.RECONNECT_IVL_MAX, 2000), (zmq.TCP_KEEPALIVE, 1),
+                (zmq.RECONNECT_IVL, 100), (zmq.RECONNECT_IVL_MAX, 2000), (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+                (zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS),
             ):  # fmt: skip
                 socket.set(option, value)
             socket.subscribe(source.topic)
