@@ -31,6 +31,8 @@ DEFAULT_SHARE = 0.25
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_GROWTH_S = 30.0
 """After the disk was full, only slots that exist are used for this long."""
+_ROOM_BYTES = 4 << 20
+"""Given back to a full disk: the index needs some to go on."""
 _PUNCH_HOLE_KEEP_SIZE = 0x03
 
 
@@ -76,14 +78,14 @@ class FileStore:
         read = [slot is not None and self._read(slot, target) for slot, target in zip(slots, targets, strict=True)]
         still = self._index.lookup(keys, self._size)
         got = [ok and slot == now for ok, slot, now in zip(read, slots, still, strict=True)]
-        with _no_space_is_no_failure():
+        with self._no_space_is_no_failure():
             self._index.touch([key for key, ok in zip(keys, got, strict=True) if ok])
         return got
 
     def batch_put(self, names: Sequence[str], objects: Sequence[Object]) -> list[bool]:
         keys = [_key(name) for name in names]
         there = [slot is not None for slot in self._index.lookup(keys, self._size)]
-        with _no_space_is_no_failure():
+        with self._no_space_is_no_failure():
             self._index.touch([key for key, is_there in zip(keys, there, strict=True) if is_there])
             wanted = [i for i, is_there in enumerate(there) if not is_there]
             for i, ok in zip(wanted, self._put([keys[i] for i in wanted], [objects[i] for i in wanted]), strict=False):
@@ -132,11 +134,25 @@ class FileStore:
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
-            self._no_growth_before = self._clock() + _NO_GROWTH_S
+            self._disk_is_full()
         finally:
             if num_written < len(slots):
                 self._index.drop(self._size, slots[num_written:])
         return num_written
+
+    def _disk_is_full(self) -> None:
+        self._no_growth_before = self._clock() + _NO_GROWTH_S
+        self._index.make_room(_ROOM_BYTES)
+
+    @contextlib.contextmanager
+    def _no_space_is_no_failure(self) -> Iterator[None]:
+        """The index cannot grow either when the disk is full: then a put is refused, and a read not noted."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            self._disk_is_full()
 
     def _file(self, size: int) -> int:
         """The descriptor of the data file for objects of `size` bytes."""
@@ -162,16 +178,6 @@ class FileStore:
         if capacity < self._stride:
             raise StoreError(f"file: capacity is {wanted!r}, but one object alone takes {self._stride} bytes")
         return capacity
-
-
-@contextlib.contextmanager
-def _no_space_is_no_failure() -> Iterator[None]:
-    """The index cannot grow either when the disk is full: then a put is refused, and a read not noted."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-            raise
 
 
 def _key(name: str) -> int:

@@ -24,8 +24,10 @@ BUSY_TIMEOUT_S = 1.0
 """For another process's transaction to end; they take milliseconds."""
 _TOUCHES = 256
 """Reads are noted in memory and written this many at a time, or with the next reservation."""
-_TRIM_STEP = 256
-"""Objects removed in one transaction when a store is opened with less capacity than it holds."""
+_TRIM_STEP_BYTES = 256 << 20
+"""Given back in one transaction when a store is opened with less capacity than it holds."""
+_CHECKPOINT_PAGES = 256
+"""SQLite's log is copied into the index when it has so many pages: about 1 MiB."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS objects (key INTEGER PRIMARY KEY, size INTEGER NOT NULL, slot INTEGER NOT NULL, used INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS objects_by_use ON objects (used);
@@ -68,6 +70,8 @@ class FileIndex:
             self._changes = _open_or_remake(path, directory)
             self._lookups = _connect(path)
         self._changes_lock, self._lookups_lock = threading.Lock(), threading.Lock()
+        with self._changing() as db:
+            self._count(db)
         self._trim()
 
     def lookup(self, keys: Sequence[int], size: int, *, consecutive: bool = False) -> list[int | None]:
@@ -132,6 +136,12 @@ class FileIndex:
                     self._free(db, size, slot.number)
             self._count(db)
 
+    def make_room(self, num_bytes: int) -> None:
+        """Give disk space back, at most an eighth of what is held. It comes free before SQLite wants some for the change."""
+        with self._changing() as db:
+            held = self._count(db)
+            self._shrink(db, held - min(num_bytes, held // 8))
+
     def discard(self, keys: Sequence[int], size: int) -> None:
         """Forget these objects; their slots are the first to be used again."""
         with self._changing() as db:
@@ -172,19 +182,9 @@ class FileIndex:
 
     def _trim(self) -> None:
         """Down to the capacity, which may be less than when this directory was last used; in steps, so that nobody waits long."""
-        excess = True
-        while excess:
+        while self.totals.held_bytes > self._capacity:
             with self._changing() as db:
-                held = self._count(db)
-                victims = self._oldest(db, self._now(db))
-                for _ in range(_TRIM_STEP):
-                    excess = held > self._capacity
-                    if not excess:
-                        break
-                    size, number = next(victims)
-                    self._free(db, size, number)
-                    held -= stride_of(size)
-                self._count(db)
+                self._shrink(db, max(self._capacity, self._count(db) - _TRIM_STEP_BYTES))
 
     # -- inside a transaction
 
@@ -192,10 +192,12 @@ class FileIndex:
     def _changing(self) -> Iterator[sqlite3.Connection]:
         with self._changes_lock:
             self._changes.execute("BEGIN IMMEDIATE")
+            evicted = self.totals.evicted
             try:
                 yield self._changes
                 self._changes.execute("COMMIT")
             except BaseException:
+                self.totals.evicted = evicted
                 # SQLite itself has ended the transaction after some errors.
                 if self._changes.in_transaction:
                     self._changes.execute("ROLLBACK")
@@ -263,6 +265,16 @@ class FileIndex:
                 self.totals.evicted += 1
                 yield size, number
 
+    def _shrink(self, db: sqlite3.Connection, num_bytes: int) -> None:
+        """Evict until no more than `num_bytes` are held."""
+        held = self._count(db)
+        victims = self._oldest(db, self._now(db))
+        while held > num_bytes:
+            size, number = next(victims)
+            self._free(db, size, number)
+            held -= stride_of(size)
+        self._count(db)
+
     def _free(self, db: sqlite3.Connection, size: int, number: int) -> None:
         self._release(size, number)
         db.execute("INSERT INTO holes VALUES (?, ?)", (size, number))
@@ -309,6 +321,7 @@ def _prepared(db: sqlite3.Connection) -> sqlite3.Connection:
             raise sqlite3.DatabaseError("the index is damaged")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=OFF")
+        db.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")
         db.executescript(_SCHEMA)
     except BaseException:
         db.close()
