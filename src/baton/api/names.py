@@ -15,6 +15,8 @@ _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]
 DISCOVERY_VOLUME = "rbg-cluster-config"
 DISCOVERY_MOUNT = "/etc/rbg"
 DISCOVERY_KEY = "config.yaml"
+NODE_STOPPED = "NodeStopped"
+"""Reason of a pod's Ready condition after its node was stopped with all its pods: what its status says else is of before."""
 
 
 def is_dns_label(text: str) -> bool:

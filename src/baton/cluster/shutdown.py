@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from baton.api.names import NODE_STOPPED
 from baton.api.resources import PODS, Object
 from baton.cluster.node.slots import SlotStore
 from baton.cluster.node.supervised import Supervised
@@ -15,7 +16,6 @@ from baton.cluster_client import Client, ClientError
 
 logger = logging.getLogger(__name__)
 GRACE_S = 10.0
-_REASON = "NodeStopped"
 
 
 async def stop_processes(slots: SlotStore, grace_s: float = GRACE_S) -> int:
@@ -51,4 +51,4 @@ async def stop_pods(client: Client, slots: SlotStore) -> None:
 
 
 def _unready(condition: Object) -> Object:
-    return {"type": condition["type"], "status": "False", "reason": _REASON, "message": "the cluster was stopped"}
+    return {"type": condition["type"], "status": "False", "reason": NODE_STOPPED, "message": "the cluster was stopped"}

@@ -50,6 +50,50 @@ def test_the_event_of_a_lost_group_keeps_the_evidence() -> None:
     ]
 
 
+def run_again(world: KubeWorld, name: str, ended: str, started: str) -> None:
+    """The pod's container ended and runs again, at these seconds of one minute."""
+    world.restart(name)
+    found = world.get(PODS, name, "default")
+    assert found is not None
+    entry = found["status"]["containerStatuses"][0]
+    entry["lastState"]["terminated"]["finishedAt"] = f"2026-01-01T00:00:{ended}Z"
+    entry["state"] = {"running": {"startedAt": f"2026-01-01T00:00:{started}Z"}}
+    world.set_status(found, {**found["status"], "containerStatuses": [entry]})
+
+
+@pytest.mark.parametrize(
+    ("leader", "worker", "is_lost"),
+    [
+        (("10", "14"), ("12", "13"), False),  # the machine was down from 12 to 13
+        (("10", "12"), ("12", "13"), True),  # nobody knows
+        (("10", "11"), ("12", "13"), True),  # the worker ended because the leader did
+        (("10", "14"), None, True),  # the worker never ended
+    ],
+)
+def test_a_group_that_was_down_as_a_whole_needs_not_be_made_again(
+    leader: tuple[str, str], worker: tuple[str, str] | None, is_lost: bool
+) -> None:
+    world = settled(leader_worker_set(1))
+    run_again(world, "x-0", *leader)
+    if worker is not None:
+        run_again(world, "x-0-1", *worker)
+    world.reconcile()
+    assert bool(told(world, "RecreateGroup")) is is_lost
+
+
+def test_a_stopped_cluster_that_starts_again_makes_no_group_again() -> None:
+    world = settled(leader_worker_set(1))
+    stopped = {"type": "Ready", "status": "False", "reason": "NodeStopped"}
+    for found in world.all(PODS):
+        world.set_status(found, {**found["status"], "conditions": [stopped]})
+    run_again(world, "x-0-1", "10", "14")
+    worker = world.get(PODS, "x-0-1", "default")
+    assert worker is not None
+    world.set_status(worker, {**worker["status"], "conditions": [{"type": "Ready", "status": "True"}]})
+    world.reconcile()
+    assert told(world, "RecreateGroup") == [], "the leader's status is of before the stop"
+
+
 def test_status_says_what_autoscalers_and_kubectl_ask_for() -> None:
     world = settled(leader_worker_set(3))
     found = status(world)

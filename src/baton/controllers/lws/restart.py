@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from baton.api import lws
+from baton.api.names import NODE_STOPPED
 from baton.api.resources import Object
 from baton.controllers.lws.groups import Group
 from baton.controllers.lws.memory import Recreation
-from baton.controllers.pods import is_terminating, phase
+from baton.controllers.pods import condition, is_terminating, phase
 
 BASE_DELAY = timedelta(seconds=10)
 MAX_DELAY = timedelta(seconds=300)
@@ -29,6 +30,7 @@ class Loss:
     pod: str
     what: str
     by_itself: bool
+    is_restart: bool = False
 
     def __str__(self) -> str:
         return f"pod {self.pod} {self.what}"
@@ -51,9 +53,10 @@ def find_loss(group: Group, policy: lws.RestartPolicy) -> Loss | None:
         return None
     if policy == "RecreateGroupAfterStart" and not _has_started(group):
         return None
+    restarted_as_one = _restarted_as_one(group)
     for pod in group.members:
         found = _what_happened(pod)
-        if found is not None:
+        if found is not None and not (restarted_as_one and found.is_restart):
             return found
     for index, uid in sorted(group.roster.items()):
         worker = group.workers.get(index)
@@ -68,6 +71,27 @@ def _has_started(group: Group) -> bool:
     return known >= set(range(1, group.size)) and all(phase(pod) != "Pending" for pod in group.members)
 
 
+def _restarted_as_one(group: Group) -> bool:
+    """Every container ended before any of them started again, as when a machine or an embedded cluster is stopped and
+    started: what making the group again is for has happened. Times are whole seconds, so within one it is not known."""
+    ends: list[str] = []
+    starts: list[str] = []
+    for pod in group.members:
+        if (condition(pod, "Ready") or {}).get("reason") == NODE_STOPPED:
+            continue  # ended with all others, not started again yet
+        entries = (pod.get("status") or {}).get("containerStatuses") or []
+        for entry in entries:
+            end = ((entry.get("lastState") or {}).get("terminated") or {}).get("finishedAt")
+            start = ((entry.get("state") or {}).get("running") or {}).get("startedAt")
+            if not end:
+                return False
+            ends.append(str(end))
+            starts += [str(start)] if start else []
+        if not entries:
+            return False
+    return bool(ends) and (not starts or max(ends) < min(starts))  # RFC 3339 in UTC sorts as text
+
+
 def _what_happened(pod: Object) -> Loss | None:
     name, status = str(pod["metadata"]["name"]), pod.get("status") or {}
     if phase(pod) in ("Failed", "Succeeded"):
@@ -76,7 +100,7 @@ def _what_happened(pod: Object) -> Loss | None:
     if phase(pod) in ("Running", "Pending"):
         for entry in _statuses(status):
             if int(entry.get("restartCount") or 0) > 0:
-                return Loss(name, f"restarted: {_describe(entry)}", by_itself=True)
+                return Loss(name, f"restarted: {_describe(entry)}", by_itself=True, is_restart=True)
     if is_terminating(pod):
         return Loss(name, "is being deleted", by_itself=False)
     return None
