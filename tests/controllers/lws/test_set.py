@@ -89,7 +89,7 @@ def test_a_stopped_cluster_that_starts_again_makes_no_group_again() -> None:
     run_again(world, "x-0-1", "10", "14")
     worker = world.get(PODS, "x-0-1", "default")
     assert worker is not None
-    world.set_status(worker, {**worker["status"], "conditions": [{"type": "Ready", "status": "True"}]})
+    world.set_status(worker, {**worker["status"], "conditions": [{**stopped, "status": "True"}]})
     world.reconcile()
     assert told(world, "RecreateGroup") == [], "the leader's status is of before the stop"
 

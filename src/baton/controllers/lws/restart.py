@@ -77,12 +77,14 @@ def _restarted_as_one(group: Group) -> bool:
     ends: list[str] = []
     starts: list[str] = []
     for pod in group.members:
-        if (condition(pod, "Ready") or {}).get("reason") == NODE_STOPPED:
+        ready = condition(pod, "Ready") or {}
+        if (ready.get("status"), ready.get("reason")) == ("False", NODE_STOPPED):
             continue  # ended with all others, not started again yet
         entries = (pod.get("status") or {}).get("containerStatuses") or []
         for entry in entries:
-            end = ((entry.get("lastState") or {}).get("terminated") or {}).get("finishedAt")
-            start = ((entry.get("state") or {}).get("running") or {}).get("startedAt")
+            state = entry.get("state") or {}
+            ended = state.get("terminated") or (entry.get("lastState") or {}).get("terminated") or {}
+            end, start = ended.get("finishedAt"), (state.get("running") or {}).get("startedAt")
             if not end:
                 return False
             ends.append(str(end))
