@@ -42,6 +42,11 @@ class DictStore:
             self.objects.setdefault(name, data.tobytes())
         return [True] * len(names)
 
+    def discard(self, names: Sequence[str]) -> None:
+        self._enter("discard")
+        for name in names:
+            self.objects.pop(name, None)
+
     def clear(self) -> None:
         self._enter("clear")
         self.objects.clear()

@@ -125,6 +125,12 @@ def test_damaged_and_swapped_objects_are_misses(bed: Bed, damage: str) -> None:
     bed.worker.do(Read(2, KEYS[:1], [5]))
     assert bed.next() == [PagesRead(2, 0, [False], True)]
     assert bed.worker.stats()["damaged"] == 1
+    # A damaged object does not stay: a good one can take its place.
+    bed.worker.do(Write(3, KEYS[:1], [0]))
+    bed.worker.do(Write(4, KEYS[1:2], [1]))
+    bed.next(2)
+    bed.worker.do(Read(5, KEYS[:2], [5, 6]))
+    assert bed.next() == [PagesRead(5, 0, [True, True], True)]
 
 
 def test_a_hung_call_is_noticed_and_only_its_own_operation_waits(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,6 +264,19 @@ def test_close_answers_everything_and_leaves_a_hanging_store_alone() -> None:
     assert not bed.store.closed.is_set()
     go_on.set()
     assert bed.next() == [PagesRead(1, 0, [False] * 4, True)]
+    bed.memory.close()
+
+
+def test_close_can_finish_the_writes_that_are_queued() -> None:
+    bed = Bed()
+    begun, go_on = bed.hang("put")
+    for op in range(3):
+        bed.worker.do(Write(op, KEYS[4 * op : 4 * op + 4], [0, 1, 2, 3]))
+    assert begun.wait(LIMIT_S)
+    go_on.set()
+    bed.worker.close(drain_s=LIMIT_S)
+    assert bed.worker.poll() == [Written(op, [True] * 4) for op in range(3)]
+    assert len(bed.store.objects) == 12 and bed.store.closed.is_set()
     bed.memory.close()
 
 

@@ -51,6 +51,8 @@ class FileStore:
         self._stride = stride_of(self._size)
         self._clock = clock
         self._no_growth_before = clock()
+        self._num_truncated = 0
+        """Objects that the data file was too short for."""
         self._files: dict[int, int] = {}
         self._files_lock = threading.Lock()
         path = Path(config.extra["path"]).expanduser()
@@ -78,8 +80,16 @@ class FileStore:
         read = [slot is not None and self._read(slot, target) for slot, target in zip(slots, targets, strict=True)]
         still = self._index.lookup(keys, self._size)
         got = [ok and slot == now for ok, slot, now in zip(read, slots, still, strict=True)]
+        lost = [
+            key
+            for key, ok, slot, now, target in zip(keys, read, slots, still, targets, strict=True)
+            if not ok and slot is not None and slot == now and len(target) == self._size
+        ]
         with self._no_space_is_no_failure():
             self._index.touch([key for key, ok in zip(keys, got, strict=True) if ok])
+            if lost:
+                self._num_truncated += len(lost)
+                self._index.discard(lost, self._size)
         return got
 
     def batch_put(self, names: Sequence[str], objects: Sequence[Object]) -> list[bool]:
@@ -105,6 +115,7 @@ class FileStore:
             "capacity_bytes": self.capacity,
             "num_objects": totals.num_objects,
             "evicted_objects": totals.evicted,
+            "truncated_objects": self._num_truncated,
         }
 
     def close(self) -> None:

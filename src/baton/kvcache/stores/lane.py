@@ -67,7 +67,7 @@ class Lane:
                 return
             (self._urgent if isinstance(job, QueryJob | ClearJob) else self._queue).append(job)
             self._queued_pages += job.num_pages
-            self._ready.notify()
+            self._ready.notify_all()
 
     def cancel(self, op: int) -> None:
         with self._ready:
@@ -88,12 +88,14 @@ class Lane:
     def is_up(self) -> bool:
         return self.breaker.state == "up"
 
-    def close(self, timeout_s: float) -> bool:
-        """Answer all that is queued, and end the thread. False if a call still hangs after `timeout_s`."""
+    def close(self, drain_s: float, timeout_s: float) -> bool:
+        """Finish what is queued for up to `drain_s`, answer the rest, and end the thread. False if a call still hangs after
+        `timeout_s`."""
         with self._ready:
+            self._ready.wait_for(lambda: self._queued_pages == 0, drain_s)
             self._closing = True
             self._flush()
-            self._ready.notify()
+            self._ready.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -105,7 +107,7 @@ class Lane:
             self.bench.counters.timeouts += 1
             self._down_if(self.breaker.open(self._clock()), f"a call has not returned in {self._call_timeout_s:g} s")
         if self._probe_due():
-            self._ready.notify()
+            self._ready.notify_all()
 
     def _is_late(self) -> bool:
         return self._called_at is not None and self._clock() - self._called_at > self._call_timeout_s
@@ -190,6 +192,8 @@ class Lane:
                 self._end(job)
             else:
                 (self._urgent if isinstance(job, QueryJob) else self._queue).appendleft(job)
+            if self._queued_pages == 0:
+                self._ready.notify_all()
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         with self._ready:

@@ -16,11 +16,11 @@ import yaml
 from baton.kvcache.stores.base import Store, StoreConfig, StoreError
 from baton.kvcache.stores.dynamic import open_dynamic
 from baton.kvcache.stores.file import FileStore
+from baton.kvcache.stores.mooncake import MooncakeStore
 
 FLAG = "--hicache-storage-backend-extra-config"
 FILE_PATH_VARIABLE = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 DEFAULT_FILE_PATH = "~/.cache/baton/kv"
-_MOONCAKE_EXTRA = "mooncake-transfer-engine-non-cuda"
 _NOT_OURS = ("nixl", "hf3fs", "aibrix", "eic", "simm", "lmcache")
 
 
@@ -59,20 +59,12 @@ def open_store(backend: str, config: StoreConfig, environ: Mapping[str, str] = o
     if backend == "dynamic":
         return open_dynamic(config)
     if backend == "mooncake":
-        return _open_mooncake(config)
+        return MooncakeStore(config)
     if backend in _NOT_OURS:
         raise StoreError(
             f"--hicache-storage-backend {backend} is not served; use file, mooncake, or dynamic with a class of yours"
         )
     raise StoreError(f"--hicache-storage-backend {backend!r} is unknown; it is one of file, mooncake, dynamic")
-
-
-def _open_mooncake(config: StoreConfig) -> Store:
-    try:
-        from baton.kvcache.stores.mooncake import MooncakeStore
-    except ImportError as error:
-        raise StoreError(f"--hicache-storage-backend mooncake: {error}; install {_MOONCAKE_EXTRA}") from error
-    return MooncakeStore(config)
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:

@@ -111,13 +111,13 @@ class StoreWorker:
                 stats[name] = stats.get(name, 0) + value
         return stats | {f"store_{name}": value for name, value in self._store.stats().items()}
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Answer what is queued, wait for the calls under way, close the store. A store that hangs in a call is left alone:
-        it still has our pages."""
+    def close(self, drain_s: float = 0.0, timeout_s: float = 5.0) -> None:
+        """Finish queued writes for up to `drain_s`, answer the rest, wait for the calls under way, close the store. A store that
+        hangs in a call is left alone: it still has our pages."""
         self._closed.set()
         self._busy.set()
         self._watcher.join()
-        ended = [lane.close(timeout_s) for lane in (self._reads, self._writes)]
+        ended = [self._reads.close(0.0, timeout_s), self._writes.close(drain_s, timeout_s)]
         if all(ended):
             self._store.close()
         else:
