@@ -62,9 +62,9 @@ def rounds_table(rounds: Sequence[RoundSummary]) -> Table:
     """One row a round; a column for each tier that the server told of, one for failures if there are any."""
     tiers = [tier for tier in ("device", "host", "storage") if any(tier in one.cached_by_tier for one in rounds)]
     has_failures = any(one.failed_count for one in rounds)
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     failed = ("Failed",) if has_failures else ()
-    for heading in ("Round", "Requests", *failed, "Hit rate", *tiers, "TTFT s", "P90 s", "Input tok/s"):
+    for heading in ("Round", "Reqs", *failed, "Hit rate", *tiers, "TTFT s", "P90 s", "Tok/s in"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, one in enumerate(rounds):
         shares = [one.cache_hit_rate, *(one.cached_by_tier.get(tier, 0) / max(1, one.prompt_tokens) for tier in tiers)]
