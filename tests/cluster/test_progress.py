@@ -163,3 +163,21 @@ def test_addresses_are_those_a_program_here_can_use() -> None:
         ("pd", "http://127.9.9.9:8000"),
         ("pd", "127.9.9.9:4222"),
     ]
+
+
+def test_a_leader_worker_set_counts_the_pods_of_all_groups_and_tells_its_hold() -> None:
+    found = {
+        "kind": "LeaderWorkerSet",
+        "metadata": {"name": "x", "uid": "x"},
+        "spec": {"replicas": 1, "leaderWorkerTemplate": {"size": 2}},
+        "status": {"hold": "group 0: workers start when the leader is ready"},
+    }
+    pods = [pod(name, READY) for name in ("x-0", "x-0-1")]
+    for one in pods:
+        one["metadata"]["labels"] = {"leaderworkerset.sigs.k8s.io/name": "x"}
+    (row,) = rows_of(found, View(pods[:1]))
+    assert row == Row("leaderworkerset/x", "waiting", "1/2 ready, group 0: workers start when the leader is ready")
+    assert rows_of(found, View(pods)) == [Row("leaderworkerset/x", "ready", "2/2 ready")]
+    pods[1]["status"] = container({"waiting": {"reason": "CrashLoopBackOff"}}, 3, {"terminated": {"exitCode": 2}})
+    (row,) = rows_of(found, View(pods))
+    assert (row.state, row.text.startswith("1/2 ready, x-0-1: c exits with code 2")) == ("stuck", True)

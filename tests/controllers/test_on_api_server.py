@@ -14,6 +14,7 @@ from baton.api.resources import (
     DEPLOYMENTS,
     ENDPOINT_SLICES,
     EVENTS,
+    LEADER_WORKER_SETS,
     PERSISTENT_VOLUME_CLAIMS,
     PODS,
     ROLE_BASED_GROUPS,
@@ -97,6 +98,37 @@ async def test_etcd_and_nats_become_ready(bench: Bench) -> None:
 
     while await ready() != (1, 1):
         await bench.runner_turn()
+
+
+@pytest.mark.parametrize("name", ["sglang-multi-nodes", "vllm-multi-nodes"])
+async def test_multi_node_manifests_come_up_behind_their_service_restart_and_go(bench: Bench, name: str) -> None:
+    documents_of = documents(f"{name.partition('-')[0]}_multi.yaml")
+    await create(bench, documents("llm-model.yaml") + documents_of)
+
+    async def conditions() -> dict[str, str]:
+        found = await bench.client.get(LEADER_WORKER_SETS, name, "default")
+        return {entry["type"]: entry["status"] for entry in (found.get("status") or {}).get("conditions") or []}
+
+    while (await conditions()).get("Available") != "True":
+        await bench.runner_turn()
+    assert pod_names(bench) == [f"{name}-0", f"{name}-0-1"]
+    leader = bench.pods.get(f"{name}-0", "default")
+    assert leader is not None
+    env = {entry["name"]: entry["value"] for entry in leader["spec"]["containers"][0]["env"]}
+    assert env == {"LWS_LEADER_ADDRESS": f"{name}-0.{name}.default", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "0"}
+    label = "kubernetes.io/service-name=multi-nodes-service"
+    while not [
+        s for s in (await bench.client.list(ENDPOINT_SLICES, "default", label_selector=label)).items if s["endpoints"]
+    ]:
+        await bench.runner_turn()
+
+    before = {pod["metadata"]["uid"] for pod in bench.pods.list()}
+    await bench.client.delete(PODS, f"{name}-0-1", "default")
+    await bench.until(
+        lambda: len(pod_names(bench)) == 2 and not before & {pod["metadata"]["uid"] for pod in bench.pods.list()}
+    )
+    await bench.client.delete(LEADER_WORKER_SETS, name, "default")
+    await bench.until(lambda: not pod_names(bench))
 
 
 GROUP: dict[str, Any] = {

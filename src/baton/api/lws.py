@@ -34,6 +34,7 @@ SUBGROUP_EXCLUSIVE_TOPOLOGY = _PREFIX + "subgroup-exclusive-topology"
 SUBGROUP_SIZE = _PREFIX + "subgroup-size"
 SUBGROUP_POLICY_TYPE = _PREFIX + "subgroup-policy-type"
 SUBDOMAIN_POLICY = _PREFIX + "subdomainPolicy"
+LEADER_REQUESTS_TPUS = _PREFIX + "leader-requests-tpus"
 RECREATE_AFTER_START = _PREFIX + "experimental-recreate-group-after-start"
 # environment
 LEADER_ADDRESS_VARIABLE = "LWS_LEADER_ADDRESS"

@@ -237,3 +237,44 @@ def test_claims_follow_the_retention_policy() -> None:
     assert len(world.all(PERSISTENT_VOLUME_CLAIMS)) == 2
     world.delete(LEADER_WORKER_SETS, "default", "x")
     assert world.all(PERSISTENT_VOLUME_CLAIMS) == []
+
+
+def tpu_template(*ports: str) -> Object:
+    wants = {"limits": {"google.com/tpu": "4"}}
+    containers = [
+        {"name": f"c{index}", "image": "i", "resources": wants, "env": [{"name": "TPU_PROCESS_PORT", "value": port}] if port else []}
+        for index, port in enumerate(ports)
+    ]  # fmt: skip
+    return {"spec": {"containers": containers}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "name", "expected"),
+    [
+        ({"workerTemplate": tpu_template("")}, 3, "x-0-2", ("x-0.x,x-0-1.x,x-0-2.x", "2", "x-0.x:8476,x-0-1.x:8476,x-0-2.x:8476")),
+        ({"workerTemplate": tpu_template("")}, 2, "x-0", ("x-0.x,x-0-1.x", "0", "x-0.x:8476,x-0-1.x:8476")),
+        ({"workerTemplate": tpu_template(""), "leaderTemplate": pod_template()}, 3, "x-0-1", ("x-0-1.x,x-0-2.x", "0", "x-0-1.x:8476,x-0-2.x:8476")),
+        ({"workerTemplate": tpu_template("", "9")}, 2, "x-0-1", ("x-0.x,x-0.x,x-0-1.x,x-0-1.x", "2", "x-0.x:8476,x-0.x:9,x-0-1.x:8476,x-0-1.x:9")),
+        ({"workerTemplate": tpu_template(""), "subGroupPolicy": {"subGroupSize": 2}}, 4, "x-0-3", ("x-0-2.x,x-0-3.x", "1", "x-0-2.x:8476,x-0-3.x:8476")),
+        ({"workerTemplate": tpu_template(""), "leaderTemplate": pod_template(), "subGroupPolicy": {"subGroupSize": 2}}, 5, "x-0-3", ("x-0-3.x,x-0-4.x", "0", "x-0-3.x:8476,x-0-4.x:8476")),
+    ],
+)  # fmt: skip
+def test_tpu_processes_find_each_other(parts: Object, size: int, name: str, expected: tuple[str, str, str]) -> None:
+    found = pod(settled(leader_worker_set(1, size, template=parts)), name)
+    values = dict(env(found))
+    assert (values["TPU_WORKER_HOSTNAMES"], values["TPU_WORKER_ID"], values["TPU_PROCESS_ADDRESSES"]) == expected
+    assert (values["TPU_NAME"], values["TPU_PROCESS_PORT"]) == ("x-0", "8476")
+    assert env(found)[0][0] == "LWS_LEADER_ADDRESS"
+
+
+def test_who_needs_no_tpu_variables_gets_none() -> None:
+    world = settled(
+        leader_worker_set(1, 2, template={"workerTemplate": tpu_template(""), "leaderTemplate": pod_template()})
+    )
+    assert "TPU_WORKER_ID" not in dict(env(pod(world, "x-0")))
+    own = tpu_template("")
+    own["spec"]["containers"][0]["env"] = [{"name": "TPU_WORKER_ID", "value": "5"}]
+    world = settled(leader_worker_set(1, 2, template={"workerTemplate": own}))
+    assert dict(env(pod(world, "x-0-1")))["TPU_WORKER_ID"] == "5"
+    assert "TPU_NAME" not in dict(env(pod(world, "x-0-1")))
+    assert pod(world, "x-0-1")["metadata"]["annotations"][LWS + "leader-requests-tpus"] == "true"

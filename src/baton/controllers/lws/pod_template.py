@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from baton.api import labels, lws
 from baton.api.resources import Object
+from baton.controllers.lws import tpu
 from baton.controllers.lws.placement import add_exclusive_terms, pin_to_topology
 from baton.controllers.plan import owner_reference
 
@@ -56,6 +57,8 @@ def make_worker(owner: Object, blueprint: Blueprint, leader: Object, worker: int
     group = int(leader["metadata"]["labels"][lws.GROUP_INDEX])
     pod = _make_pod(owner, blueprint, group, worker)
     pod["metadata"]["annotations"][lws.LEADER_NAME] = leader["metadata"]["name"]
+    if tpu.asks_for_tpus(blueprint.leader_template["spec"]):
+        pod["metadata"]["annotations"][lws.LEADER_REQUESTS_TPUS] = "true"
     pod["metadata"]["ownerReferences"] = [owner_reference({"apiVersion": "v1", "kind": "Pod", **leader})]
     if topology_value is not None:
         pin_to_topology(pod["spec"], _annotation(owner, lws.EXCLUSIVE_TOPOLOGY), topology_value)
@@ -100,6 +103,7 @@ def _make_pod(owner: Object, blueprint: Blueprint, group: int, worker: int) -> O
         "spec": spec,
     }
     _add_subgroup(pod, blueprint.template, leader, worker)
+    tpu.add_variables(pod, blueprint.template, leader, worker)
     return pod
 
 
