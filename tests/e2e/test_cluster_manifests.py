@@ -26,7 +26,6 @@ def running(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @needs_shared
-@pytest.mark.timeout(150)
 def test_a_group_for_gpu_clusters_runs_with_the_commands_of_its_readme(running: Cluster) -> None:
     running.kubectl("create", "-f", str(SHARED / "llm-model.yaml"))
     running.kubectl("create", "-f", str(SHARED / "sglang_pd.yaml"))
