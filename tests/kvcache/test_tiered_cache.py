@@ -116,6 +116,25 @@ def test_the_host_tier_forgets_the_least_recent_prefix_from_its_end() -> None:
     assert world.serve(B).by_source == (0, 4, 0)
 
 
+def test_what_the_device_serves_stays_fresh_in_the_host_tier_too() -> None:
+    world = make(device_pages=6, host_pages=8)
+    world.serve([*A[:4], 1])
+    world.serve([*B[:4], 1])
+    for _ in range(3):
+        world.serve([*A[:4], 1])
+    world.serve(C)
+    world.serve([*C, 1, 2, 3])
+    # B made room in the host tier, not A, although B was saved later.
+    assert world.serve([*A[:4], 1]).num_cached == 4
+
+
+def test_lfu_counts_uses_and_not_when_pages_came() -> None:
+    world = make(device_pages=4, host_pages=8, eviction_policy="lfu")
+    for tokens in (A, A, A, B, C):
+        world.serve(tokens)
+    assert world.serve(A).num_cached == 6
+
+
 def test_a_prefix_saved_in_chunks_loses_its_end_first_too() -> None:
     world = make(device_pages=4, host_pages=6)
     held = world.admit(A)
@@ -214,6 +233,14 @@ def test_everything_saved_goes_on_to_the_store_once() -> None:
     assert world.cache.counters.backed_up == 4
 
 
+def test_a_write_in_flight_is_not_doubled_by_the_next_use() -> None:
+    world = make(has_store=True)
+    world.serve(A)
+    world.serve(A)
+    world.serve(A)
+    assert sum(len(action.keys) for action in world.log if isinstance(action, Write)) == 4
+
+
 def test_a_write_that_failed_is_tried_again_at_the_next_use() -> None:
     world = make(has_store=True)
     world.is_down = True
@@ -277,6 +304,20 @@ def test_fewer_tokens_than_the_threshold_are_not_read() -> None:
     del world.store[keys_of(A)[2]]
     prefetch(world, "r", A)
     world.settle()
+    assert not any(isinstance(action, Read) for action in world.log)
+
+
+@pytest.mark.parametrize("device_pages", [8, 4])
+def test_what_was_computed_meanwhile_is_not_read(device_pages: int) -> None:
+    """It is on the device, or only in the host tier by now."""
+    world = filled(device_pages=device_pages, write_policy="write_back" if device_pages == 8 else "write_through")
+    world.store.update(dict.fromkeys(keys_of(C), ("late", ())))
+    prefetch(world, "r", C)
+    query = only(world, Query)
+    world.serve(C)
+    world.serve(A[:6])
+    world.deliver(query)
+    world.move()
     assert not any(isinstance(action, Read) for action in world.log)
 
 

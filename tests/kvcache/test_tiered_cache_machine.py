@@ -202,7 +202,7 @@ def test_a_long_walk(seed: int) -> None:
     policies = ["write_through", "write_back", "write_through_selective"]
     prefetch = ["best_effort", "wait_complete", "timeout"][seed // 3 % 3]
     machine.start(
-        rng.choice([1, 2]), rng.choice([8, 16, 30]), rng.choice(["lru", "lfu"]), policies[seed % 3], prefetch, seed < 20
+        rng.choice([1, 2]), rng.choice([8, 16, 30]), rng.choice(["lru", "lfu"]), policies[seed % 3], prefetch, seed < 10
     )
 
     def tokens() -> list[int]:
