@@ -27,6 +27,7 @@ from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
     ClearStore,
+    DrainStore,
     Fatal,
     FlushCache,
     GetState,
@@ -52,6 +53,8 @@ class RankLoop:
         self._publish_kv_events = engine.publish_kv_events
         self._clears: dict[int, Future[bool]] = {}
         """Calls that wait for the store to be emptied."""
+        self._drains: list[int] = []
+        """Calls that wait for the store to have everything."""
         self._channel = channel
         self._was_busy = False
         """A batch ran since the last self-check."""
@@ -71,7 +74,7 @@ class RankLoop:
         if self._tiers is not None:
             for store_event in self._tiers.poll():
                 self._scheduler.on_store_event(store_event, time.monotonic())
-            self._answer_clears()
+            self._answer_store_calls()
         batch = self._scheduler.schedule(time.monotonic())
         self._move_pages()
         if batch is not None:
@@ -115,6 +118,11 @@ class RankLoop:
                 self._channel.send(Reply(call_id, done, "" if done else "requests are running or waiting"))
             case ClearStore(call_id):
                 self._clear_store(call_id)
+            case DrainStore(call_id):
+                if self._tiers is None:
+                    self._channel.send(Reply(call_id, True))
+                else:
+                    self._drains.append(call_id)
             case GetState(call_id):
                 store = {} if self._tiers is None else self._tiers.store_stats()
                 self._channel.send(msgspec.structs.replace(self._scheduler.state(), call_id=call_id, store=store))
@@ -137,7 +145,11 @@ class RankLoop:
         else:
             self._clears[call_id] = self._tiers.clear_store()
 
-    def _answer_clears(self) -> None:
+    def _answer_store_calls(self) -> None:
+        if self._drains and not self._scheduler.cache.num_unwritten:
+            for call_id in self._drains:
+                self._channel.send(Reply(call_id, True))
+            self._drains.clear()
         for call_id, cleared in list(self._clears.items()):
             if cleared.done():
                 del self._clears[call_id]

@@ -21,6 +21,7 @@ from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.prefix_cache import PrefixCache, UnsharedCache
 from baton.kvcache.stores.base import StoreConfig
 from baton.kvcache.stores.objects import ObjectScheme, PageShape
+from baton.kvcache.stores.open import open_store, parse_extra_config
 from baton.kvcache.stores.seal import SEAL_BYTES
 from baton.kvcache.stores.worker import StoreWorker
 from baton.kvcache.tier_config import TierConfig
@@ -100,8 +101,6 @@ def open_worker(
     args: EngineArgs, config: TierConfig, shape: PageShape, host: PageMemory, wake: Wake
 ) -> tuple[TierConfig, StoreWorker]:
     """The store that the flags name, with a worker; `config` with what the flags say of the store. Raises `StoreError`."""
-    from baton.kvcache.stores.open import open_store, parse_extra_config
-
     assert args.hicache_storage_backend is not None
     prefetch, extra = parse_extra_config(args.hicache_storage_backend_extra_config)
     scheme = ObjectScheme(args.hicache_storage_key_scheme, shape)

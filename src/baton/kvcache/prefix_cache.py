@@ -113,6 +113,11 @@ class PrefixCache:
         happens. Those that nobody asked about are nobody's reason to wake up."""
         return None
 
+    @property
+    def num_unwritten(self) -> int:
+        """Pages that are still to go to the store, or on their way."""
+        return 0
+
     def take_copies(self) -> Copies:
         """Page copies to carry out now, before the next step and before any other action."""
         return Copies()

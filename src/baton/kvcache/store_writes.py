@@ -31,6 +31,11 @@ class StoreWrites:
         page.is_offered = True
         self._waiting[page.key] = page
 
+    @property
+    def num_pages(self) -> int:
+        """Waiting and in flight."""
+        return len(self._waiting) + self._num_in_flight
+
     def forget(self, key: bytes) -> bool:
         """The page was evicted; whether it was waiting."""
         return self._waiting.pop(key, None) is not None

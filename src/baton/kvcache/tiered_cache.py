@@ -58,6 +58,10 @@ class TieredCache(KeyedCache):
         """As of now."""
         return replace(self._counters, host_pages_used=self._host.num_used)
 
+    @property
+    def num_unwritten(self) -> int:
+        return self._writes.num_pages
+
     # -- from the host tier to the device ----------------------------------------------------------------------------------
 
     def match_prefix(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> PrefixMatch:

@@ -64,6 +64,12 @@ class ClearStore(msgspec.Struct, tag="clear_store", frozen=True):
     call_id: int
 
 
+class DrainStore(msgspec.Struct, tag="drain_store", frozen=True):
+    """Answered when every page that is to be in the store is there (or was refused): a worker that ends well asks so."""
+
+    call_id: int
+
+
 class GetState(msgspec.Struct, tag="get_state", frozen=True):
     call_id: int
 
@@ -74,7 +80,7 @@ class CheckIntegrity(msgspec.Struct, tag="check_integrity", frozen=True):
     call_id: int
 
 
-ToRank = Submit | Abort | FlushCache | ClearStore | GetState | CheckIntegrity
+ToRank = Submit | Abort | FlushCache | ClearStore | DrainStore | GetState | CheckIntegrity
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -154,7 +160,7 @@ class SchedulerState(msgspec.Struct, tag="state", frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, tag="reply", frozen=True):
-    """Answer to FlushCache, ClearStore and CheckIntegrity."""
+    """Answer to FlushCache, ClearStore, DrainStore and CheckIntegrity."""
 
     call_id: int
     ok: bool

@@ -23,6 +23,7 @@ from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
     ClearStore,
+    DrainStore,
     Fatal,
     Finish,
     FlushCache,
@@ -43,7 +44,7 @@ DEADLINE_GRACE_S = 2.0
 """The rank ends a request at its deadline; this process only steps in when it has not."""
 
 
-CallType = type[GetState] | type[FlushCache] | type[ClearStore] | type[CheckIntegrity]
+CallType = type[GetState] | type[FlushCache] | type[ClearStore] | type[DrainStore] | type[CheckIntegrity]
 
 
 class RankLostError(BatonError):
@@ -149,6 +150,12 @@ class EngineClient:
 
     async def clear_store(self, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
         answer = await self._call(ClearStore, timeout_s)
+        assert isinstance(answer, Reply)
+        return answer
+
+    async def drain_store(self, timeout_s: float) -> Reply:
+        """Returns when the store has every page that is to go there. Raises `RankLostError` when that takes longer."""
+        answer = await self._call(DrainStore, timeout_s)
         assert isinstance(answer, Reply)
         return answer
 

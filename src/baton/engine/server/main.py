@@ -42,6 +42,7 @@ READY_TIMEOUT_S = 1800.0
 WARMUP_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 25
 """How long requests may go on after SIGTERM; Kubernetes kills after 30 s."""
+STORE_DRAIN_TIMEOUT_S = 4.0
 KEEP_ALIVE_S = 120
 FATAL_GRACE_S = 0.2
 """The rank's last words may still be on their way when its process has ended."""
@@ -231,9 +232,18 @@ class Worker:
             watchdog = group.create_task(ctx.client.watch(self._args.watchdog_timeout), name="watchdog")
             warm_up = group.create_task(self._warm_up(ctx, server), name="warm-up")
             await server.serve([self._http_socket])
+            await self._drain_store(ctx)
             watchdog.cancel()
             warm_up.cancel()
         return 1 if ctx.client.lost_reason is not None else 0
+
+    async def _drain_store(self, ctx: ServerContext) -> None:
+        """Let the rank finish its writes to the store before it ends."""
+        if ctx.client.lost_reason is None and self._args.hicache_storage_backend is not None:
+            try:
+                await ctx.client.drain_store(STORE_DRAIN_TIMEOUT_S)
+            except RankLostError as error:
+                logger.warning("ending before the store has all pages: %s; they will be computed again", error)
 
     async def _warm_up(self, ctx: ServerContext, server: HttpServer) -> None:
         """One request through the whole rank, then ready."""
