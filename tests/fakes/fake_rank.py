@@ -13,6 +13,8 @@ from baton.protocol.errors import ErrorInfo
 from baton.protocol.rank import (
     Abort,
     CheckIntegrity,
+    ClearStore,
+    DrainStore,
     Finish,
     FlushCache,
     GetState,
@@ -59,6 +61,8 @@ class FakeRank:
     reply: Reply_
     tokens_per_step: int = 1
     cached_tokens: int = 0
+    cached_host: int = 0
+    cached_store: int = 0
     refuse: ErrorInfo | None = None
     """Set: every `Submit` ends with this error."""
     is_hung: bool = False
@@ -134,7 +138,7 @@ class FakeRank:
                     self._held.append(RequestOutput(rid, [EOS_ID] if self.holds_ends else [], finish))
                     if not self.holds_ends:
                         self._send_held()
-            case FlushCache(call_id) | CheckIntegrity(call_id):
+            case FlushCache(call_id) | ClearStore(call_id) | DrainStore(call_id) | CheckIntegrity(call_id):
                 self._channel.send(Reply(call_id, self.flush_ok))
             case GetState(call_id):
                 state = SchedulerState(call_id=call_id, num_running=len(self._running), max_total_num_tokens=100_000)
@@ -175,7 +179,7 @@ class FakeRank:
         row = RequestOutput(
             submit.rid, token_ids, finish, self.cached_tokens,
             [logprobs_of(token_id, submit) for token_id in token_ids] if submit.return_logprob else [],
-            input_logprobs,
+            input_logprobs, cached_host=self.cached_host, cached_store=self.cached_store,
         )  # fmt: skip
         one.is_first = False
         if finish is not None:

@@ -106,6 +106,32 @@ async def test_abort_by_prefix_is_an_ordinary_end(start: Start) -> None:
         assert (await requests[2]).json()["meta_info"]["finish_reason"]["type"] == "abort"
 
 
+async def test_cached_tokens_are_told_by_source(start: Start) -> None:
+    """A decode worker without tiers tells of its prefill's; a worker with tiers tells also when nothing was cached."""
+    sampling = {"max_new_tokens": 3}
+    async with start("--enable-cache-report", cached_tokens=9, cached_host=2, cached_store=4) as bed:
+        meta = (await bed.post("/generate", {"text": "Hi", "sampling_params": sampling})).json()["meta_info"]
+        assert (meta["cached_tokens"], meta["cached_tokens_details"]) == (9, {"device": 3, "host": 2, "storage": 4})
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+        usage = (await bed.post("/v1/chat/completions", body)).json()["usage"]
+        assert usage["prompt_tokens_details"] == {
+            "cached_tokens": 9, "cached_tokens_details": {"device": 3, "host": 2, "storage": 4},
+        }  # fmt: skip
+    async with start("--enable-hierarchical-cache") as bed:
+        meta = (await bed.post("/generate", {"text": "Hi", "sampling_params": sampling})).json()["meta_info"]
+        assert meta["cached_tokens_details"] == {"device": 0, "host": 0, "storage": 0}
+    async with start("--enable-cache-report", cached_tokens=1) as bed:
+        meta = (await bed.post("/generate", {"text": "Hi", "sampling_params": sampling})).json()["meta_info"]
+        assert "cached_tokens_details" not in meta
+
+
+async def test_the_store_is_cleared_by_sglangs_route(start: Start) -> None:
+    async with start() as bed:
+        assert (await bed.post("/clear_hicache_storage_backend", {})).status_code == 200
+    async with start(flush_ok=False) as bed:
+        assert (await bed.post("/clear_hicache_storage_backend", {})).status_code == 400
+
+
 async def test_metrics_have_sglangs_names_and_both_spellings(start: Start) -> None:
     async with start("--enable-metrics", cached_tokens=1) as bed:
         before = await samples(bed)

@@ -126,6 +126,45 @@ def test_values_that_change_nothing_are_fine() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--enable-hierarchical-cache --disable-radix-cache", "--disable-radix-cache leaves nothing"),
+        ("--enable-hierarchical-cache --hicache-ratio 1", "--hicache-ratio must be above 1, got 1"),
+        ("--enable-hierarchical-cache --hicache-storage-backend nixl", "--hicache-storage-backend nixl is not served"),
+        ("--enable-hierarchical-cache --hicache-write-policy often", "--hicache-write-policy"),
+        ("--disaggregation-decode-enable-offload-kvcache --hicache-storage-backend file", "--disaggregation-decode-enable-offload-kvcache is for --disaggregation-mode decode"),
+        ("--disaggregation-mode decode --disaggregation-decode-enable-offload-kvcache", "--disaggregation-decode-enable-offload-kvcache needs --hicache-storage-backend"),
+    ],
+)  # fmt: skip
+def test_tiers_that_cannot_be_are_named(flags: str, named: str) -> None:
+    (problem,) = problems(f"--model m {flags}")
+    assert problem.startswith(named)
+
+
+def test_flags_of_tiers_that_are_off_say_so() -> None:
+    alone = start_notes(
+        engine_args(["--model", "m", "--hicache-ratio", "3", "--hicache-storage-backend", "file"]), "cpu"
+    )
+    assert "--hicache-ratio has no effect without --enable-hierarchical-cache" in alone
+    assert "--hicache-storage-backend has no effect without --enable-hierarchical-cache" in alone
+    host_only = engine_args(
+        [
+            "--model",
+            "m",
+            "--enable-hierarchical-cache",
+            "--hicache-storage-prefetch-policy",
+            "timeout",
+            "--hicache-io-backend",
+            "direct",
+        ]
+    )
+    assert start_notes(host_only, "cpu") == [
+        "--hicache-io-backend has no effect: whole pages are copied between two steps",
+        "--hicache-storage-prefetch-policy has no effect without --hicache-storage-backend",
+    ]
+
+
 def test_flags_without_effect_are_named_with_the_reason_once() -> None:
     command = (
         "--model m --tp 2 --mem-fraction-static 0.8 --trust-remote-code --disable-cuda-graph --attention-backend triton "
