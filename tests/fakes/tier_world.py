@@ -3,9 +3,11 @@ worker without memory, threads or time. Contents are written out (which tokens, 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from baton.kvcache.page_keys import PageKeys
 from baton.kvcache.radix_tree import PrefixHandle
+from baton.kvcache.tier_config import TierConfig
 from baton.kvcache.tiered_cache import TieredCache
 from baton.kvcache.tiers import Cancel, Found, PagesRead, Query, Read, StoreAction, Write, Written
 
@@ -166,3 +168,42 @@ class World:
     def _key(self, content: Content) -> bytes:
         extra_key, tokens = content
         return self.keys.extend(self.keys.root(extra_key), tokens)[-1]
+
+
+# -- small worlds ------------------------------------------------------------------------------------------------------
+
+KEYS = PageKeys("model", "bfloat16", 2)
+A, B, C = ([start + i for i in range(8)] for start in (100, 200, 300))
+"""Prompts of four pages; one token is always left to compute, so that three of them can be found."""
+
+
+def make(device_pages: int = 8, events: bool = False, **config: Any) -> World:
+    defaults = {"host_pages": 40, "load_back_threshold": 2, "prefetch_threshold": 2}
+    settings = TierConfig(**{**defaults, **config})
+    return World(TieredCache(device_pages, 2, "lru", KEYS, settings, events), KEYS)
+
+
+def keys_of(tokens: list[int], extra_key: str | None = None) -> list[bytes]:
+    return KEYS.extend(KEYS.root(extra_key), tokens)
+
+
+def prefetch(world: World, rid: str, tokens: list[int], extra_key: str | None = None, now: float = 0.0) -> None:
+    world.cache.begin_prefetch(rid, tokens, extra_key, len(tokens) - 1, now)
+    world.move()
+
+
+def only(world: World, kind: type) -> Any:
+    """The operation of this kind that is under way."""
+    (op,) = [op for op, operation in world.operations.items() if isinstance(operation.action, kind)]
+    return op
+
+
+def filled(**config: Any) -> World:
+    """The store has A and B; this worker has nothing."""
+    world = make(**config, has_store=True)
+    for tokens in (A, B):
+        world.serve(tokens)
+        world.settle()
+    assert world.cache.flush()
+    world.cache.take_kv_events()
+    return world
