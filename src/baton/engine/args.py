@@ -14,11 +14,14 @@ from typing import Literal
 from baton.engine.flags import (
     FlagError,
     HelpRequested,
+    effect_notes,
     flag,
     flags_of,
     format_help,
+    is_given,
     option,
     parse_flags,
+    refusals,
 )
 from baton.protocol.kv_events import KvEventsConfig, parse_kv_events_config
 from baton.protocol.pod import manifest_path
@@ -205,11 +208,6 @@ class EngineArgs:
         return self.served_model_name or manifest_path(self.model_path)
 
 
-def _is_given(args: EngineArgs, field: str) -> bool:
-    default = next(one.default for one in dataclasses.fields(args) if one.name == field)
-    return bool(getattr(args, field) != default)
-
-
 def split_address(address: str) -> tuple[str, int]:
     """--dist-init-addr as (host, port). Raises ValueError."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
@@ -219,10 +217,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _refusals(args: EngineArgs) -> list[str]:
-    problems: list[str] = []
-    for field, one in flags_of(EngineArgs).items():
-        if one.effect == "refused" and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
-            problems.append(f"{option(field)} {getattr(args, field)}: {one.reason}")
+    problems = refusals(args)
     try:
         _ = args.kv_events
     except ValueError as error:
@@ -296,23 +291,18 @@ def engine_args(argv: Sequence[str]) -> EngineArgs:
 
 def start_notes(args: EngineArgs, device: str) -> list[str]:
     """One line for each flag that was given and does nothing on `device` ("cpu", "cuda"): its name and the reason."""
-    notes: list[str] = []
-    for field, one in flags_of(EngineArgs).items():
-        silent = one.effect in ("effective", "refused") or (one.effect == "gpu only" and device != "cpu")
-        if not silent and _is_given(args, field) and str(getattr(args, field)) not in one.accepts:
-            verb = "is not served" if one.effect == "not served" else "has no effect"
-            notes.append(f"{option(field)} {verb}: {one.reason}")
+    notes = effect_notes(args, device)
     if not args.has_tiers:
         notes += [
             f"{option(field)} has no effect without --enable-hierarchical-cache"
             for field, one in flags_of(EngineArgs).items()
-            if field.startswith("hicache_") and one.effect == "effective" and _is_given(args, field)
+            if field.startswith("hicache_") and one.effect == "effective" and is_given(args, field)
         ]
     elif args.hicache_storage_backend is None:
         notes += [
             f"{option(field)} has no effect without --hicache-storage-backend"
             for field in flags_of(EngineArgs)
-            if field.startswith("hicache_storage_") and _is_given(args, field)
+            if field.startswith("hicache_storage_") and is_given(args, field)
         ]
     if args.kv_events_config is not None and args.disable_radix_cache:
         notes.append("--kv-events-config has no effect: with --disable-radix-cache nothing is cached")

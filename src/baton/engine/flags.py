@@ -7,7 +7,7 @@ once, and names the nearest known flag. Not here: which flags an engine has (`ar
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -67,6 +67,36 @@ def flags_of(settings: type[Any]) -> dict[str, Flag]:
 def option(field_name: str) -> str:
     """The flag's own name: `page_size` -> `--page-size`."""
     return "--" + field_name.replace("_", "-")
+
+
+def is_given(settings: Any, field: str) -> bool:
+    """Whether a setting differs from its default."""
+    default = next(one.default for one in dataclasses.fields(settings) if one.name == field)
+    return bool(getattr(settings, field) != default)
+
+
+def _given_against(settings: Any, effects: Collection[Effect]) -> Iterator[tuple[str, Flag]]:
+    """Flags of these effects that were given with another value than those that are fine."""
+    for field, one in flags_of(type(settings)).items():
+        if one.effect in effects and is_given(settings, field) and str(getattr(settings, field)) not in one.accepts:
+            yield field, one
+
+
+def refusals(settings: Any) -> list[str]:
+    """One line for each flag whose effect is "refused"."""
+    found = _given_against(settings, ("refused",))
+    return [f"{option(field)} {getattr(settings, field)}: {one.reason}" for field, one in found]
+
+
+def effect_notes(settings: Any, device: str) -> list[str]:
+    """One line for each flag that was given and does nothing on `device` ("cpu", "cuda"): its name and the reason."""
+    effects: list[Effect] = ["no effect", "not served"]
+    if device == "cpu":
+        effects.append("gpu only")
+    return [
+        f"{option(field)} {'is not served' if one.effect == 'not served' else 'has no effect'}: {one.reason}"
+        for field, one in _given_against(settings, effects)
+    ]
 
 
 def parse_flags(settings: type[T], argv: Sequence[str], check: Callable[[T], list[str]]) -> T:
