@@ -29,7 +29,6 @@ from baton.protocol.pod import manifest_path
 USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.launch_server takes the same)"
 _LATER = "not served yet"
 _KERNELS = "kernels are chosen by the device"
-_SINGLE = "handing KV over between workers of several ranks is not served yet"
 _ONE_ENGINE = "a worker is one engine; start several behind a router instead"
 _STORES = ("file", "mooncake", "dynamic")
 
@@ -159,9 +158,9 @@ class EngineArgs:
     disaggregation_mode: Literal["null", "prefill", "decode"] = flag("null", "this worker's part", choices=("null", "prefill", "decode"))
     disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel: shared memory on one host and TCP between hosts, whichever of SGLang's names is given; tcp: never shared memory; fake: not at all", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "auto", "tcp", "fake"))
     disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0)
-    disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
-    disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
-    disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="refused", reason=_SINGLE, accepts=("1",))
+    disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
+    disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
+    disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
     disaggregation_ib_device: str | None = flag(None, "RDMA devices", effect="no effect", reason="RDMA is not used")
     disaggregation_decode_enable_offload_kvcache: bool = flag(False, "decode puts the KV of what it generated into the store, for the next turn's prefill")
     disaggregation_decode_polling_interval: int = flag(1, "loops between two polls", minimum=1, effect="no effect", reason="transfers wake the scheduler; nothing polls")
@@ -226,12 +225,6 @@ def _refusals(args: EngineArgs) -> list[str]:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
     if args.tp_size % args.nnodes:
         problems.append(f"--tp-size {args.tp_size} must be a multiple of --nnodes {args.nnodes}")
-    if args.nnodes > 1 and args.has_tiers:
-        problems.append(
-            "--enable-hierarchical-cache with --nnodes above 1: host and store tiers of several ranks are not served yet"
-        )
-    if args.nnodes > 1 and args.disaggregation_mode != "null":
-        problems.append(f"--disaggregation-mode {args.disaggregation_mode} with --nnodes above 1: {_SINGLE}")
     if args.nnodes > 1 and args.dist_init_addr is None:
         problems.append("--nnodes above 1 needs --dist-init-addr HOST:PORT, where the nodes meet")
     if args.dist_init_addr is not None:

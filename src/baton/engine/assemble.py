@@ -60,11 +60,9 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     device = choose_device(args)
     if device.type == "cuda" and args.disaggregation_mode != "null":
         raise ModelError("--disaggregation-mode: handing KV over from GPU memory is not served yet; use --device cpu.")
-    if group is not None and args.disaggregation_mode != "null":
-        raise ModelError("--disaggregation-mode: handing KV over between workers of several ranks is not served yet.")
-    if group is not None and args.has_tiers:
-        raise ModelError("--enable-hierarchical-cache: host and store tiers of several ranks are not served yet.")
     model = load_model(args, device, group)
+    if model.shard.size > 1 and model.shard.exchange is None:
+        need_one_pool(args)
     config, memory, num_pages, page_size = model.config, model.memory, model.num_pages, model.page_size
     runner = model.runner if group is None else LeadingRunner(model.runner, group)
     layout = PageLayout(
@@ -74,7 +72,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        page_bytes=kv_page_bytes(config, model.dtype, page_size, model.shard),
+        page_bytes=kv_page_bytes(config, model.dtype, page_size),
     )
     transfer = None if memory is None else open_transfer(args, memory, layout, wake)
     cache, tiers = open_cache(args, model.fingerprint, page_shape(config, layout), model.kv, wake)
@@ -111,6 +109,19 @@ def page_shape(config: ModelConfig, layout: PageLayout) -> PageShape:
         dtype=layout.dtype,
         dtype_bytes=head_bytes // (layout.page_size * config.head_dim),
     )
+
+
+def need_one_pool(args: EngineArgs) -> None:
+    """Raises `ModelError` for what this rank cannot do while other ranks keep their heads of a page to themselves."""
+    for name, is_given in (
+        (f"--disaggregation-mode {args.disaggregation_mode}", args.disaggregation_mode != "null"),
+        ("--enable-hierarchical-cache", args.has_tiers),
+    ):
+        if is_given:
+            raise ModelError(
+                f"{name}: with several ranks it needs a KV pool that they share, on one CPU host with bfloat16 kernels; "
+                "ranks on several hosts or devices are not served yet."
+            )
 
 
 def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> None:

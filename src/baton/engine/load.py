@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from baton.engine.args import EngineArgs
+from baton.engine.distributed.connect import Pool
 from baton.engine.distributed.group import Group
 from baton.engine.errors import ModelError
 from baton.engine.models.config import load_config
@@ -76,8 +77,9 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     page_size = args.page_size or DEFAULT_PAGE_SIZE
     fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
     in_c = computes_in_c(args.own_attention_backend, config, dtype, device)
-    shard, ranks_on_host = Shard(), 1
-    num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, shard)
+    shard, ranks_on_host, memory = Shard(), 1, None
+    num_ranks = 1 if group is None else group.topology.num_ranks
+    num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, num_ranks)
     if group is not None:
         facts = {
             "--model-path (contents)": fingerprint,
@@ -90,15 +92,20 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
             "--context-length": str(context_len),
         }
         num_pages = group.agree(facts, num_pages)
-        connected = group.connect(device, in_c=in_c)
-        shard, ranks_on_host = connected.shard, connected.ranks_on_host
-    memory, kv = allocate_kv(config, dtype, device, num_pages, page_size, shard)
+        connected = group.connect(device, Pool(num_pages, kv_page_bytes(config, dtype, page_size)), in_c=in_c)
+        shard, ranks_on_host, memory = connected.shard, connected.ranks_on_host, connected.memory
+    if memory is None:
+        memory, kv = allocate_kv(config, dtype, device, num_pages, page_size, shard)
+        own_kv = kv
+    else:
+        kv = kv_from_pages(memory.array, config, dtype, page_size)
+        own_kv = kv[:, :, :, slice(*local_sizes(config, shard).kv_heads)]
     runner = ModelRunner(
         config,
         open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0),
         dtype=dtype,
         device=device,
-        kv=kv,
+        kv=own_kv,
         num_positions=context_len,
         attention_backend=args.own_attention_backend,
         shard=shard,
@@ -120,14 +127,15 @@ def choose_num_pages(
     device: torch.device,
     context_len: int,
     page_size: int,
-    shard: Shard,
+    num_ranks: int,
 ) -> int:
     """Pages of the KV pool: --max-total-tokens, or a share of the memory there is."""
     if args.max_total_tokens is not None:
         return max(1, args.max_total_tokens // page_size)
-    page_bytes = kv_page_bytes(config, dtype, page_size, shard)
+    page_bytes = kv_page_bytes(config, dtype, page_size)
     if device.type == "cuda":
-        weights = sum(_product(shape) for shape in expected_tensors(config).values()) * dtype.itemsize
+        weights = sum(_product(shape) for shape in expected_tensors(config).values()) * dtype.itemsize // num_ranks
+        page_bytes = page_bytes // config.num_kv_heads * -(-config.num_kv_heads // num_ranks)  # the largest share
         free, _ = torch.cuda.mem_get_info(device)
         budget = free * (args.mem_fraction_static or DEFAULT_CUDA_MEMORY_SHARE) - weights
         if budget < page_bytes:

@@ -192,13 +192,14 @@ class RankLoop:
 def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) -> int:
     """Load the model, say `Ready`, run. Returns an exit status if it cannot start."""
     channel = RankChannel(address)
-    group = None
+    group, reason = None, "rank 0 ended"
     try:
         group = lead_group(args, flags, address)
         engine = assemble(args, channel.wake, group)
         channel.send(engine.ready)
         RankLoop(engine, channel).run()
     except (BatonError, OSError, MemoryError) as error:
+        reason = f"rank 0 failed: {error}"
         channel.send(Fatal(str(error)))
         return 1
     except Exception as error:
@@ -207,7 +208,7 @@ def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) 
         raise
     finally:
         if group is not None:
-            group.close("rank 0 ended")
+            group.close(reason)
         channel.close()
     return 0
 

@@ -47,6 +47,20 @@ class PageMemory:
         advise_huge_pages(mapping)
         return cls(fd, mapping, num_pages, page_bytes)
 
+    @classmethod
+    def attach(cls, fd: int, num_pages: int, page_bytes: int) -> "PageMemory":
+        """The memory that another process created; takes `fd` over. Raises ValueError when it has another size."""
+        size = num_pages * page_bytes
+        try:
+            if os.fstat(fd).st_size != size:
+                raise ValueError(f"page memory of {os.fstat(fd).st_size} bytes is not {num_pages} pages of {page_bytes}")
+            mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
+            os.close(fd)
+            raise
+        advise_huge_pages(mapping)
+        return cls(fd, mapping, num_pages, page_bytes)
+
     def close(self) -> None:
         """Give the descriptor back; the mapping goes with the last array or tensor that still looks at it."""
         if self.fd < 0:

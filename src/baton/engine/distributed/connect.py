@@ -15,6 +15,7 @@ from baton.engine.distributed.collective import ProcessGroupCollective, open_sto
 from baton.engine.distributed.control import GroupError
 from baton.engine.distributed.exchange import MAX_RANKS, MemoryOffer, SharedExchange, fetch, reach
 from baton.engine.models.shard import Shard
+from baton.kvcache.page_memory import PageMemory
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,30 @@ class Phases(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """The KV pool that all ranks would share: its pages, with the heads of all ranks."""
+
+    num_pages: int
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Connected:
     shard: Shard
     ranks_on_host: int
+    memory: PageMemory | None
+    """The pool that all ranks share; None: each rank has its own, with its own heads."""
 
 
-def connect(group: Phases, device: torch.device, *, in_c: bool) -> Connected:
+def connect(group: Phases, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
     """`in_c`: the model is computed by the C decoder. Raises `GroupError`."""
     boots = group.phase("host", _boot_id())
     ranks_on_host = boots.count(boots[group.rank])
-    exchange = _share_memory(group) if in_c and group.size <= MAX_RANKS and ranks_on_host == group.size else None
-    if exchange is not None:
+    shared = _share_memory(group, pool) if in_c and group.size <= MAX_RANKS and ranks_on_host == group.size else None
+    if shared is not None:
+        exchange, memory = shared
         logger.info("rank %d of %d shares memory with the others", group.rank, group.size)
-        return Connected(Shard(group.rank, group.size, None, exchange), ranks_on_host)
+        return Connected(Shard(group.rank, group.size, None, exchange), ranks_on_host, memory)
     if group.rank == 0:
         store = open_store(group.leader_host, 0, is_leader=True)
         group.phase("store", str(store.port))
@@ -67,13 +79,13 @@ def connect(group: Phases, device: torch.device, *, in_c: bool) -> Connected:
     collective = ProcessGroupCollective(store, group.rank, group.size, device, group.own_host)
     group.phase("collective")
     logger.info("rank %d of %d is connected by %s at %s", group.rank, group.size, collective.name, group.own_host)
-    return Connected(Shard(group.rank, group.size, collective), ranks_on_host)
+    return Connected(Shard(group.rank, group.size, collective), ranks_on_host, None)
 
 
-def _share_memory(group: Phases) -> SharedExchange | None:
+def _share_memory(group: Phases, pool: Pool) -> tuple[SharedExchange, PageMemory] | None:
     """None, on all ranks, where one of them cannot have it."""
     if group.rank == 0:
-        return _offer_memory(group)
+        return _offer_memory(group, pool)
     (name, *_) = group.phase("offer")
     if name == _NONE:
         return None
@@ -84,35 +96,37 @@ def _share_memory(group: Phases) -> SharedExchange | None:
     if _NONE in reached:
         connection.close()
         return None
-    exchange = fetch(connection, group.rank, group.size)
+    shared = fetch(connection, group.rank, group.size, pool.num_pages, pool.page_bytes)
     group.phase("memory")
-    return exchange
+    return shared
 
 
-def _offer_memory(group: Phases) -> SharedExchange | None:
-    offer = _open_offer()
+def _offer_memory(group: Phases, pool: Pool) -> tuple[SharedExchange, PageMemory] | None:
+    offer = _open_offer(pool)
     group.phase("offer", _NONE if offer is None else offer.name)
     if offer is None:
         return None
+    is_taken = False
     try:
         if _NONE in group.phase("reach"):
             return None
         offer.give(group.size - 1)
         exchange = offer.take(group.size)
         group.phase("memory")
-        return exchange
+        is_taken = True
+        return exchange, offer.pool
     finally:
-        offer.close()
+        offer.close(keeps_pool=is_taken)
 
 
-def _open_offer() -> MemoryOffer | None:
+def _open_offer(pool: Pool) -> MemoryOffer | None:
     wanted = os.environ.get(COLLECTIVE, "auto")
     if wanted not in ("auto", "gloo"):
         raise GroupError(f"{COLLECTIVE} must be auto or gloo, got {wanted!r}")
     if wanted == "gloo":
         return None
     try:
-        return MemoryOffer()
+        return MemoryOffer(pool.num_pages, pool.page_bytes)
     except OSError as error:
         logger.info("ranks cannot share memory here: %s", error)
         return None

@@ -1,6 +1,7 @@
 """Memory that the ranks of one host share: how they get it, and its layout. Meeting in it is C (kernels/csrc/exchange.h).
 
-The leader's memory file goes to the others over an abstract Unix socket, which needs no file system, so it works between pods with
+Two files: one for the tensors of a step, one for the KV pool. Its pages are whole, each rank reads and writes its own heads, so
+for hand-over and tiers the leader's pool is that of a single rank. The leader's files go to the others over an abstract Unix socket, which needs no file system, so it works between pods with
 separate mounts and /dev/shm, and exists per network namespace, so a rank on another host finds nobody there. Only
 processes of our own user get it. Nobody else can corrupt a result: whoever maps the memory is a rank of the group.
 """
@@ -17,6 +18,7 @@ import torch
 
 from baton.engine.distributed.control import GroupError
 from baton.engine.kernels.native import ExchangeStruct
+from baton.kvcache.page_memory import PageMemory
 
 SIZE_BYTES = 1 << 33
 """Of address space: memory is taken where it is written, a few kB for each token of the largest step."""
@@ -42,10 +44,11 @@ class SharedExchange:
 
 
 class MemoryOffer:
-    """The leader's side: the memory file, and the socket at which it is fetched."""
+    """The leader's side: the memory files, and the socket at which they are fetched."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
         """Raises OSError where there are no memory files or no abstract sockets."""
+        self.pool = PageMemory.create(num_pages, page_bytes)
         self.name = f"baton-ranks-{secrets.token_hex(16)}"
         self._descriptor = os.memfd_create("baton-ranks", os.MFD_CLOEXEC)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -68,15 +71,17 @@ class MemoryOffer:
             with peer:
                 credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
                 if _PEER_CREDENTIALS.unpack(credentials)[1] == os.getuid():
-                    socket.send_fds(peer, [b"."], [self._descriptor])
+                    socket.send_fds(peer, [b"."], [self._descriptor, self.pool.fd])
                     count -= 1
 
     def take(self, size: int) -> SharedExchange:
         """The leader's own view."""
         return SharedExchange(os.dup(self._descriptor), 0, size)
 
-    def close(self) -> None:
+    def close(self, *, keeps_pool: bool = False) -> None:
         self._listener.close()
+        if not keeps_pool:
+            self.pool.close()
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
 
@@ -93,11 +98,14 @@ def reach(name: str) -> socket.socket | None:
     return connection
 
 
-def fetch(connection: socket.socket, rank: int, size: int) -> SharedExchange:
+def fetch(
+    connection: socket.socket, rank: int, size: int, num_pages: int, page_bytes: int
+) -> tuple[SharedExchange, PageMemory]:
     """The memory that the leader gives. Raises `GroupError`."""
     try:
         with connection:
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-        return SharedExchange(descriptors[0], rank, size)
-    except (OSError, IndexError) as error:
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
+        exchange_fd, pool_fd = descriptors
+        return SharedExchange(exchange_fd, rank, size), PageMemory.attach(pool_fd, num_pages, page_bytes)
+    except (OSError, ValueError) as error:
         raise GroupError(f"rank 0 did not hand over the shared memory: {error}") from None

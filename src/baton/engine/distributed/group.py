@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from baton.engine.batch import ForwardBatch
-from baton.engine.distributed.connect import Connected, connect
+from baton.engine.distributed.connect import Connected, Pool, connect
 from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
 from baton.engine.distributed.messages import Hello, Step, Welcome, decode_step, encode_step
@@ -33,7 +33,7 @@ class Group(Protocol):
     def agree(self, facts: dict[str, str], num_pages: int) -> int:
         """Meet the others. Returns the KV pages of every rank. Raises `GroupError`."""
 
-    def connect(self, device: torch.device, *, in_c: bool) -> Connected:
+    def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
         """Settle how tensors meet."""
 
     def finish_loading(self) -> None:
@@ -63,8 +63,8 @@ class LeaderGroup:
         self._leader.tell_all(Welcome(agreed))
         return agreed
 
-    def connect(self, device: torch.device, *, in_c: bool) -> Connected:
-        return connect(self, device, in_c=in_c)
+    def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
+        return connect(self, device, pool, in_c=in_c)
 
     @property
     def rank(self) -> int:
@@ -119,8 +119,8 @@ class FollowerGroup:
         self._heartbeat.start()
         return welcome.num_pages
 
-    def connect(self, device: torch.device, *, in_c: bool) -> Connected:
-        return connect(self, device, in_c=in_c)
+    def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
+        return connect(self, device, pool, in_c=in_c)
 
     @property
     def rank(self) -> int:

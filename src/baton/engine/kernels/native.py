@@ -39,6 +39,7 @@ class KvPoolStruct(Structure):
         ("num_kv_heads", c_int64),
         ("page_size", c_int64),
         ("head_dim", c_int64),
+        ("page_heads", c_int64),
     )
 
 
@@ -184,9 +185,10 @@ class NativeBatch:
 
 
 def kv_pool_struct(kv: torch.Tensor) -> KvPoolStruct:
-    """`kv`: [pages, layers, 2, K, S, D] bf16, contiguous, on the CPU."""
+    """`kv`: [pages, layers, 2, K, S, D] bf16 on the CPU; all heads of a contiguous pool, or consecutive ones of them."""
     _, layers, _, kv_heads, page_size, head_dim = kv.shape
-    return KvPoolStruct(kv.data_ptr(), layers, kv_heads, page_size, head_dim)
+    page_heads = kv.stride(2) // (page_size * head_dim)
+    return KvPoolStruct(kv.data_ptr(), layers, kv_heads, page_size, head_dim, page_heads)
 
 
 class PackedLinear:

@@ -40,7 +40,7 @@ _LINEARS = ("qkv", "out", "gate_up", "down")
 
 
 class CpuDecoder:
-    """`kv`: [pages, L, 2, K, S, D] bf16, contiguous. Raises `ModelError` for wrong weights."""
+    """`kv`: [pages, L, 2, K, S, D] bf16; this rank's heads of a contiguous pool. Raises `ModelError` for wrong weights."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ static void find_keys(KeyRows *s, const Attention *a, const Tile *tile, int64_t 
     const KvPool *pool = a->pool;
     const int32_t *table = a->batch->page_tables + tile->seq * a->batch->table_width;
     int64_t first = block * KEY_BLOCK, count = min64(a->batch->context_lens[tile->seq] - first, KEY_BLOCK);
-    int64_t value_offset = pool->num_kv_heads * pool->page_size * pool->head_dim;
+    int64_t value_offset = pool->page_heads * pool->page_size * pool->head_dim;
     int64_t page_idx = first / pool->page_size, slot = first % pool->page_size;
     for (int64_t i = 0; i < count; page_idx++, slot = 0) {
         const bf16 *key = kv_slot(pool, table[page_idx], a->layer, 0, head, slot);
