@@ -28,12 +28,14 @@ from baton.bench.multiturn import Result, measure
 from baton.bench.plot import need_matplotlib, plot_rounds
 from baton.engine.weights.demo import prepare_demo_model
 from engine import Server, free_port
-from host import describe_machine, memory_mb, wait_quiet
+from host import cpu_seconds, describe_machine, memory_mb, wait_quiet
 from load import random_prompts
+from tiers_pd import measure_pd, pd_table
 
 NUM_ROUNDS, RATE, PAGE = 10, 16.0, 16
 ROOT = Path(__file__).parent.parent
-BLOCK = ("<!-- benchmarks/tiers.py writes from here -->\n", "<!-- to here -->\n")
+RESULTS = ROOT / "benchmarks/results/tiers.json"
+BLOCK_END = "<!-- to here -->\n"
 PREFETCH_POLICY = "wait_complete"
 
 
@@ -99,6 +101,8 @@ class Row:
     ttft_p90_s: float
     input_tokens_per_s: float
     duration_s: float
+    cpu_s: float
+    """Of the worker, all threads: what the row costs, whatever else the machine does."""
     memory_mb: float
     failed: int
     output_hash: str
@@ -135,14 +139,15 @@ def measure_row(
         warm_up(server, shape.request_length)
         wait_quiet()
         console = Console(stderr=True, soft_wrap=True)
+        spent_s = cpu_seconds(server.process.pid)
         result = asyncio.run(measure(shape.args(server.port), console, request_rate=RATE))
-        used_mb = memory_mb(server.process.pid)
+        spent_s, used_mb = cpu_seconds(server.process.pid) - spent_s, memory_mb(server.process.pid)
     finally:
         server.stop()
     summary = result.summary
     row = Row(
         name, summary.cache_hit_rate, simulated(result, capacities), summary.average_ttft, summary.p90_ttft,
-        summary.input_token_throughput, result.run.duration_s, used_mb, len(result.run.failures), result.output_hash,
+        summary.input_token_throughput, result.run.duration_s, spent_s, used_mb, len(result.run.failures), result.output_hash,
     )  # fmt: skip
     print(json.dumps(asdict(row)), flush=True)
     return row, result
@@ -188,18 +193,40 @@ def ceiling(shape: Shape) -> list[float]:
     return [0.0] + [before // PAGE * PAGE / length for before, length in pairwise(lengths)]
 
 
-def publish(report: dict[str, Any], rows: Sequence[tuple[Row, Result]], shape: Shape) -> None:
-    (ROOT / "benchmarks/results/tiers.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot_rounds({row.name: result.rounds for row, result in rows}, ROOT / "docs/tiers.svg", ceiling=ceiling(shape))
-    page = ROOT / "docs/tiers.md"
-    before, _, rest = page.read_text().partition(BLOCK[0])
-    after = rest.partition(BLOCK[1])[2]
-    page.write_text(before + BLOCK[0] + table([row for row, _ in rows]) + BLOCK[1] + after)
+def write_block(name: str, text: str) -> None:
+    """Put `text` where docs/tiers.md has room for it."""
+    page, begin = ROOT / "docs/tiers.md", f"<!-- benchmarks/tiers.py writes {name} from here -->\n"
+    before, found, rest = page.read_text().partition(begin)
+    if not found:
+        raise SystemExit(f"{page} has no line {begin.strip()}")
+    page.write_text(before + begin + text + BLOCK_END + rest.partition(BLOCK_END)[2])
+
+
+def run_rows(shape: Shape, model: Path, *, is_published: bool) -> list[dict[str, Any]]:
+    rows = measure_rows(model, shape)
+    text = table([row for row, _ in rows])
+    print(text)
+    if is_published:
+        plot_rounds({row.name: result.rounds for row, result in rows}, ROOT / "docs/tiers.svg", ceiling=ceiling(shape))
+        write_block("rows", text)
+    return [asdict(row) | {"rounds": [asdict(one) for one in result.rounds]} for row, result in rows]
+
+
+def run_pd(shape: Shape, model: Path, *, is_published: bool) -> list[dict[str, Any]]:
+    def flags(directory: Path) -> list[str]:
+        return shape.device_flags() + shape.host_flags() + shape.store_flags(directory)
+
+    rows = measure_pd(model, shape.args, flags)
+    text = pd_table(rows)
+    print(text)
+    if is_published:
+        write_block("pd", text)
+    return [asdict(row) for row in rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=60)
+    parser.add_argument("--clients", type=int, help="default: 60; with --pd 24")
     parser.add_argument("--request-length", type=int, default=256)
     parser.add_argument(
         "--pd", action="store_true", help="2 prefill, 1 decode: what befalls the store between two rounds"
@@ -207,19 +234,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--publish", action="store_true", help="write docs/tiers.md, docs/tiers.svg and the results")
     options = parser.parse_args()
-    model = prepare_demo_model()
-    shape = Shape(options.clients, options.request_length)
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": describe_machine()}
-    report["shape"] = asdict(shape) | {"device_pages": shape.device_pages, "host_pages": shape.host_pages}
     if options.publish:
         need_matplotlib()
-    rows = measure_rows(model, shape)
-    report["rows"] = [asdict(row) | {"rounds": [asdict(one) for one in result.rounds]} for row, result in rows]
-    print(table([row for row, _ in rows]))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.publish:
-        publish(report, rows, shape)
+    part, run = ("pd", run_pd) if options.pd else ("rows", run_rows)
+    # Two prefill workers have two sets of pools.
+    sizes = Shape(options.clients or 24, options.request_length, 0.2, 0.35) if options.pd else None
+    shape = sizes or Shape(options.clients or 60, options.request_length)
+    figures = {
+        "command": " ".join(sys.argv),
+        "machine": describe_machine(),
+        "shape": asdict(shape) | {"device_pages": shape.device_pages, "host_pages": shape.host_pages},
+        part: run(shape, prepare_demo_model(), is_published=options.publish),
+    }
+    for path in (*([options.json] if options.json else []), *([RESULTS] if options.publish else [])):
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | {part: figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
