@@ -24,13 +24,13 @@ class PageCopier:
         self._pinned = pin(host) if device_pages.is_cuda else False
 
     def carry_out(self, copies: Copies) -> None:
-        """First the saves, then the loads. Returns when the host pages hold what was saved."""
+        """First the saves, then the loads. Returns when they are done: host pages may be read and reused by the store's threads."""
         for device_page, host_page in copies.saves:
             self._host_pages[host_page].copy_(self._device_pages[device_page], non_blocking=self._pinned)
-        if self._pinned and copies.saves:
-            torch.cuda.current_stream().synchronize()  # the store's threads may read them now
         for host_page, device_page in copies.loads:
             self._device_pages[device_page].copy_(self._host_pages[host_page], non_blocking=self._pinned)
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()
 
 
 def pin(host: PageMemory) -> bool:
