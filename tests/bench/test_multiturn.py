@@ -214,6 +214,16 @@ async def test_a_server_that_cannot_flush_is_not_measured(bench: Bench, capsys: 
     assert not bench.server.asked
 
 
+async def test_a_flush_between_rounds_that_fails_ends_the_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    def from_now_on(asked: Asked) -> None:
+        bench.server.flush_status = 503
+
+    bench.server.fault = from_now_on
+    assert await bench.run("--flush-between-rounds") == 1
+    assert "/flush_cache answered 503" in capsys.readouterr().err
+    assert len(bench.server.asked) == NUM_CLIENTS
+
+
 async def test_openai_format(bench: Bench) -> None:
     assert await bench.run("--api-format", "openai", "--output-length", "2") == 0
     last = bench.server.asked[-1].body

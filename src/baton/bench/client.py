@@ -108,7 +108,7 @@ async def chat(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
         usage = event.get("usage")
         if usage:
             details = usage.get("prompt_tokens_details") or {}
-            answer.prompt_len, answer.output_len = usage["prompt_tokens"], usage["completion_tokens"]
+            answer.prompt_len, answer.output_len = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
             answer.cached_tokens = details.get("cached_tokens") or 0
             answer.cached_by_tier = _tiers(details.get("cached_tokens_details"))
     if not is_finished:
@@ -133,6 +133,8 @@ async def _events(session: aiohttp.ClientSession, url: str, body: dict[str, Any]
                 if not line.startswith(b"data:") or data == b"[DONE]":
                     continue
                 event = json.loads(data)
+                if not isinstance(event, dict):
+                    raise RequestFailedError(f"an event of the stream is no JSON object: {data[:100]!r}")
                 if "error" in event:
                     error = event["error"]
                     raise RequestFailedError(str(error.get("message") if isinstance(error, dict) else error))

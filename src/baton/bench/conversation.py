@@ -69,11 +69,11 @@ class Conversation:
     def end(self, answer: Answer) -> None:
         """Add the answer."""
         if answer.output_ids is not None:
-            self.token_ids = self.token_ids + answer.output_ids
+            self.token_ids += answer.output_ids
         else:
-            self.token_ids = self.token_ids + self._codec.encode(answer.text, add_special_tokens=False)
+            self.token_ids += self._codec.encode(answer.text, add_special_tokens=False)
         self._text += answer.text
-        self._messages = [*self._messages, {"role": "assistant", "content": answer.text}]
+        self._messages.append({"role": "assistant", "content": answer.text})
 
     @property
     def _output_len(self) -> int:
@@ -81,8 +81,8 @@ class Conversation:
 
     def _say(self) -> None:
         question = self._questions[self.round_idx]
-        self.token_ids = self.token_ids + question.token_ids
+        self.token_ids += question.token_ids
         if self._args.prompt_format == "text" or self._args.api_format == "openai":
             text = self._codec.decode(question.token_ids, skip_special_tokens=False)
             self._text += text
-            self._messages = [*self._messages, {"role": "user", "content": text}]
+            self._messages.append({"role": "user", "content": text})

@@ -69,8 +69,9 @@ async def measure(
             )  # fmt: skip
             try:
                 run = await runner.run()
-            except* BenchError as group:
-                raise group.exceptions[0] from None
+            except ExceptionGroup as group:
+                known = group.subgroup(BenchError)
+                raise group if known is None else known.exceptions[0] from None
     return Result(run, summarise(run, request_rate), summarise_rounds(run), workload)
 
 

@@ -1,8 +1,7 @@
 """One run of a workload: who sends what when, up to the barrier between rounds, until every conversation has ended.
 
-Owns the order of sending. A request that fails ends its conversation: it is recorded and
-named, its later turns are not asked, and nobody waits for them. With a round barrier the order is the same in every run:
-the seed alone decides it. Neighbours: `conversation` (what is said), `client` (one request), `report` (figures). Not here:
+Owns the order of sending. A request that fails ends its conversation: it is recorded and named, its later turns are not
+asked, and nobody waits for them. With a round barrier the order is the same in every run: the seed alone decides it. Neighbours: `conversation` (what is said), `client` (one request), `report` (figures). Not here:
 printing.
 """
 
@@ -79,7 +78,6 @@ class Runner:
         between_rounds: BetweenRounds | None = None,
     ) -> None:
         self._args = args
-        self._workload = workload
         self._session = session
         self._observer = observer
         self._rate = request_rate
