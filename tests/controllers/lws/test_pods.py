@@ -209,7 +209,7 @@ def test_a_node_without_the_topology_label_is_named() -> None:
 
 
 def test_subgroup_topology_is_for_workers_too_and_other_terms_stay() -> None:
-    mine = {"labelSelector": {"matchLabels": {"a": "b"}}, "topologyKey": "zone"}
+    mine = {"labelSelector": {"matchLabels": {"a": "b"}}, "topologyKey": "rack"}
     template = pod_template(affinity={"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [mine]}})
     world = settled(
         leader_worker_set(

@@ -95,6 +95,14 @@ def test_upstream_vectors_of_one_step(
     assert (found.partition, found.replicas) == expected
 
 
+def test_a_group_in_the_middle_that_is_done_already_does_not_stop_an_update() -> None:
+    old, broken, done, starting = (
+        GroupState(*each) for each in ((True, False), (False, False), (True, True), (False, True))
+    )
+    found = step(Limits(4, 0, 2, 0), Progress(4, 4, 4), False, [old, broken, done, starting])
+    assert found.partition == 2
+
+
 @pytest.mark.parametrize(
     ("rolling", "replicas", "expected"),
     [

@@ -9,7 +9,7 @@ import pytest
 from tests.controllers.builders import leader_worker_set, pod_template
 from tests.fakes.kube_world import KubeWorld
 
-from baton.api.resources import CONTROLLER_REVISIONS, LEADER_WORKER_SETS, PODS
+from baton.api.resources import CONTROLLER_REVISIONS, LEADER_WORKER_SETS, PODS, SERVICES
 from baton.controllers.lws import leader_worker_set as room
 from baton.controllers.lws.memory import ANNOTATION
 
@@ -174,6 +174,76 @@ def test_lost_memory_makes_nobody_roll_too_fast() -> None:
     assert leaving == ["x-3", "x-3-1"]
     world.settle()
     assert set(images(world).values()) == {"img:2"}
+
+
+class KilledError(Exception):
+    """The controller's process is gone."""
+
+
+def test_an_update_that_was_decided_but_not_done_minds_what_happened_since() -> None:
+    world = settled(leader_worker_set(4, rolling={"maxUnavailable": 2}))
+    world.put(leader_worker_set(4, image="img:2", rolling={"maxUnavailable": 2}))
+
+    def killed() -> None:
+        raise KilledError
+
+    world.after_action = killed  # after writing that groups 2 and 3 may go, before deleting any
+    with pytest.raises(KilledError):
+        world.reconcile()
+    world.after_action = lambda: None
+    world.make_unready("x-0")
+    world.reconcile()
+    leaving = [one["metadata"]["name"] for one in world.all(PODS) if one["metadata"].get("deletionTimestamp")]
+    assert leaving == ["x-3", "x-3-1"], "two groups down are all that is allowed"
+    assert "group 2 is updated next (at most 2 down)" in status(world)["hold"]
+
+
+def test_lost_notes_of_how_far_a_rollout_is_do_not_stop_it() -> None:
+    rolling = {"maxUnavailable": 0, "maxSurge": 1}
+    world = settled(leader_worker_set(2, rolling=rolling))
+    (entry,) = world.all(CONTROLLER_REVISIONS)
+    world.patch(
+        CONTROLLER_REVISIONS, "default", entry["metadata"]["name"], {"metadata": {"annotations": {ANNOTATION: "{"}}}
+    )
+    world.put(leader_worker_set(2, image="img:2", rolling=rolling))
+    world.settle()
+    assert images(world) == dict.fromkeys(("x-0", "x-0-1", "x-1", "x-1-1"), "img:2")
+
+
+def left_behind(name: str, kind: str, **labels: str) -> Object:
+    """An object of a leader that is gone, which no garbage collector has found yet."""
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "x-0", "uid": "gone", "controller": True}
+    prefix = "leaderworkerset.sigs.k8s.io/"
+    meta = {"name": name, "labels": {prefix + "name": "x"} | {prefix + key: value for key, value in labels.items()}}
+    spec = pod_template()["spec"] if kind == "Pod" else {"clusterIP": "None"}
+    return {"apiVersion": "v1", "kind": kind, "metadata": {**meta, "ownerReferences": [owner]}, "spec": spec}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_worker_of_a_former_leader_is_replaced(late: bool) -> None:
+    world = KubeWorld([room.CONTROLLER])
+    worker = left_behind("x-0-1", "Pod", **{"worker-index": "1"})
+    if not late:
+        world.put(worker)
+    world.put(leader_worker_set(1, startupPolicy="LeaderReady"))
+    world.reconcile()
+    assert late == ("x-0" in world.pod_names()), "a leader is made when nothing is left of the former life"
+    if late:
+        world.put(worker)
+    world.settle()
+    leader, found = world.get(PODS, "x-0", "default"), world.get(PODS, "x-0-1", "default")
+    assert leader is not None and found is not None
+    assert found["metadata"]["ownerReferences"][0]["uid"] == leader["metadata"]["uid"]
+
+
+def test_a_service_of_a_former_leader_is_replaced() -> None:
+    world = KubeWorld([room.CONTROLLER])
+    world.put(left_behind("x-0", "Service"))
+    world.put(leader_worker_set(1, networkConfig={"subdomainPolicy": "UniquePerReplica"}))
+    world.settle()
+    leader, found = world.get(PODS, "x-0", "default"), world.get(SERVICES, "x-0", "default")
+    assert leader is not None and found is not None
+    assert found["metadata"]["ownerReferences"][0]["uid"] == leader["metadata"]["uid"]
 
 
 def test_a_lost_revision_is_written_again() -> None:

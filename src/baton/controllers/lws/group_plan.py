@@ -46,11 +46,15 @@ class GroupPlanner:
         return restart.effective_policy(self.owner, self.spec.leader_worker_template.restart_policy)
 
     def remove(self, group: Group, why: str) -> None:
-        """Take the whole group down, the leader first; what is leaving already is left to leave."""
+        """Take the whole group down, the leader first."""
         for pod in [*group.members, *filter(self._is_abandoned, group.in_the_way)]:
-            if not is_terminating(pod):
-                meta = pod["metadata"]
-                self.actions.append(Delete(PODS, meta["namespace"], meta["name"], meta["uid"], why))
+            self._delete(pod, why)
+
+    def _delete(self, pod: Object, why: str) -> None:
+        """What is leaving already is left to leave."""
+        if not is_terminating(pod):
+            meta = pod["metadata"]
+            self.actions.append(Delete(PODS, meta["namespace"], meta["name"], meta["uid"], why))
 
     def scale_down(self, group: Group, count: int) -> None:
         if group.is_alive:
@@ -112,6 +116,8 @@ class GroupPlanner:
         assert group.leader is not None, "only living groups are completed"
         blueprint = self.blueprints.get(group.revision)
         self._replace_ended(group)
+        for pod in filter(self._is_abandoned, group.in_the_way):
+            self._delete(pod, "its leader is gone")
         missing = [index for index in range(1, group.size) if index not in group.workers]
         if blueprint is None:
             if missing:
@@ -127,10 +133,8 @@ class GroupPlanner:
     def _replace_ended(self, group: Group) -> None:
         """Where no policy takes the group down, a pod that has ended is replaced alone."""
         for pod in group.members:
-            if phase(pod) in ("Failed", "Succeeded") and not is_terminating(pod):
-                meta = pod["metadata"]
-                why = f"has ended ({phase(pod)}) and is replaced"
-                self.actions.append(Delete(PODS, meta["namespace"], meta["name"], meta["uid"], why))
+            if phase(pod) in ("Failed", "Succeeded"):
+                self._delete(pod, f"has ended ({phase(pod)}) and is replaced")
 
     def _may_have_workers(self, group: Group) -> bool:
         leader = group.leader
