@@ -1,0 +1,102 @@
+"""One model on two ranks, started as manifests start them: the answers are those of one rank, and a lost rank is no hang."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.e2e.clients import generate_all
+from tests.e2e.prompts import mixed_bodies
+from tests.e2e.service import Process, Service, free_port, running
+
+import baton.standins
+from baton.protocol.errors import WORKER_LOST
+
+STANDINS = Path(next(iter(baton.standins.__path__)))
+CHAT = {
+    "messages": [{"role": "user", "content": "What is a relay race?"}],
+    "temperature": 0,
+    "max_tokens": 40,
+    "logprobs": True,
+}
+
+
+def launch(service: Service, name: str, command: str, port: int | None) -> Process:
+    """`python3 -m sglang.launch_server`, as one pod of a group runs it."""
+    log = service.log_dir / f"{name}.log"
+    listen = [] if port is None else ["--host", "127.0.0.1", "--port", str(port)]
+    with log.open("ab") as sink:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", "--model-path", str(service.model), *command.split(), *listen],
+            stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
+            env={**os.environ, **service.environment, "PYTHONPATH": str(STANDINS)},
+        )  # fmt: skip
+    process = Process(name, f"http://127.0.0.1:{port}", popen, log)
+    service.processes[name] = process
+    return process
+
+
+@pytest.fixture
+def group(demo_model: Path, tmp_path: Path) -> Iterator[Service]:
+    """Two nodes with a rank each; the second serves /health alone."""
+    with running(demo_model, tmp_path) as service:
+        common = f"--tp 2 --nnodes 2 --dist-init-addr 127.0.0.1:{free_port()}"
+        launch(service, "node-1", f"{common} --node-rank 1", free_port())
+        launch(service, "node-0", f"{common} --node-rank 0 --trust-remote-code --enable-metrics", free_port())
+        service.wait_ready()
+        yield service
+
+
+def test_two_nodes_answer_as_one_and_end_as_one(group: Service, aggregated: Process) -> None:
+    leader, follower, model = group.processes["node-0"], group.processes["node-1"], str(group.model)
+    ours, theirs = (
+        json.loads(one.post("/v1/chat/completions", CHAT | {"model": model})[1]) for one in (leader, aggregated)
+    )
+    assert ours["choices"][0]["message"] == theirs["choices"][0]["message"]
+    assert ours["choices"][0]["logprobs"] == theirs["choices"][0]["logprobs"]
+    bodies = mixed_bodies(24, seed=5)
+    expected = generate_all(aggregated.url, bodies, concurrency=8)
+    for body, answer, wanted in zip(bodies, generate_all(leader.url, bodies, 8), expected, strict=True):
+        assert answer["output_ids"] == wanted["output_ids"], body
+    assert follower.get("/v1/models")[0] == 404, "only the first node serves the API"
+    lose_a_rank(leader, follower)
+
+
+def lose_a_rank(leader: Process, follower: Process) -> None:
+    """Under a request: it ends with an error that says a retry may help, and both nodes end with a failure."""
+    host, port = leader.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    body = {"text": "Once", "stream": True, "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
+    connection.request("POST", "/generate", json.dumps(body), {"content-type": "application/json"})
+    with contextlib.closing(connection), connection.getresponse() as response:
+        assert response.readline().startswith(b"data: ")
+        os.killpg(follower.popen.pid, signal.SIGKILL)
+        rest = response.read().decode()
+    error = json.loads(rest.strip().split("data: ")[-2 if rest.strip().endswith("[DONE]") else -1])["error"]
+    assert (error["type"], error["retryable"]) == (WORKER_LOST, True)
+    assert "rank 1 (node 1)" in error["message"]
+    assert leader.popen.wait(15) == 1
+    assert "rank 1 (node 1) is gone" in leader.tail()
+
+
+def test_prefill_with_two_ranks_and_decode_with_one(demo_model: Path, tmp_path: Path, aggregated: Process) -> None:
+    """Whole pages are handed over, so the two sides need not have the same number of ranks."""
+    with running(demo_model, tmp_path) as service:
+        service.environment["BATON_RANKS_PER_HOST"] = "2"
+        service.worker("prefill-0", "prefill", "--tp", "2")
+        service.worker("decode-0", "decode")
+        service.wait_ready()
+        service.router()
+        service.wait_ready()
+        bodies = mixed_bodies(24, seed=6)
+        expected = generate_all(aggregated.url, bodies, concurrency=8)
+        answers = generate_all(service.processes["router"].url, bodies, concurrency=8)
+        for body, ours, theirs in zip(bodies, answers, expected, strict=True):
+            assert ours["output_ids"] == theirs["output_ids"], body
+        assert "ranks=2" in service.processes["prefill-0"].log.read_text()
