@@ -38,8 +38,8 @@ _REFUSED = frozenset({-200, -600})
 _CLIENT_ENVIRONMENT = {
     "MC_STORE_CLIENT_SETUP_RETRIES": "1",
     "MC_RPC_CONNECT_TIMEOUT_MS": "1000",
-    "MC_RPC_TIMEOUT_MS": "3000",
-    "MC_TCP_STATUS_TIMEOUT_SEC": "3",
+    "MC_RPC_TIMEOUT_MS": "1500",
+    "MC_TCP_STATUS_TIMEOUT_SEC": "1",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "3",
     "MC_LOG_LEVEL": "ERROR",
     "MC_STORE_CLIENT_METRIC": "0",
@@ -56,7 +56,9 @@ class MooncakeStore:
         self._prefix = f"baton:{self._config.extra_backend_tag}:"
         self._client_type = load_client()
         self._lock = threading.Lock()
-        self._client: Any = None  # written under _lock
+        self._client: Any = None  # this and the next two are written under _lock
+        self._address = ""  # of the master it was set up for, as a number
+        self._former: list[Any] = []  # clients of masters that moved; a call may still be under way in one
         self._memory: list[NDArray[np.uint8]] = []
         self._is_suspect = True  # the last call failed: look at the master's port before the next one
         try:
@@ -100,9 +102,10 @@ class MooncakeStore:
 
     def close(self) -> None:
         with self._lock:
-            client, self._client = self._client, None
-            if client is not None:
-                client.close()
+            for client in (self._client, *self._former):
+                if client is not None:
+                    client.close()
+            self._client, self._former = None, []
 
     def _transfer(self, method: str, names: Sequence[str], objects: Sequence[Object], success: int) -> list[bool]:
         if not names:
@@ -132,15 +135,20 @@ class MooncakeStore:
             raise
 
     def _connected(self) -> Any:
-        """The client, set up now if it is not yet. Raises `StoreError` without a long wait when there is no master."""
-        if self._is_suspect or self._client is None:
-            _probe(self._config.master_server_address)
+        """The client, set up now if it is not yet, or if the master's name means another address than it did. Raises
+        `StoreError` without a long wait when there is no master."""
+        if not self._is_suspect and self._client is not None:
+            return self._client
+        address = _probe(self._config.master_server_address)
         with self._lock:
+            if self._client is not None and self._address != address:
+                self._former.append(self._client)
+                self._client = None
             if self._client is None:
-                client = _set_up(self._client_type, self._config)
+                client = _set_up(self._client_type, self._config, address)
                 for memory in self._memory:
                     _register(client, memory)
-                self._client = client
+                self._client, self._address = client, address
         self._is_suspect = False
         return self._client
 
@@ -161,16 +169,17 @@ def load_client() -> Any:
         ) from error
 
 
-def _probe(address: str) -> None:
+def _probe(address: str) -> str:
+    """The address that a connection to the master found, as "number:port"."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
+        with socket.create_connection((host, int(port)), PROBE_TIMEOUT_S) as one:
+            return f"{one.getpeername()[0]}:{port}"
     except (OSError, ValueError) as error:
         raise StoreError(f"mooncake: no master at {address}: {error}") from error
 
 
-def _set_up(client_type: Any, config: MooncakeConfig) -> Any:
-    host, _, port = config.master_server_address.rpartition(":")
+def _set_up(client_type: Any, config: MooncakeConfig, address: str) -> Any:
     client = client_type()
     before = open_listeners()
     code = client.setup(
@@ -181,7 +190,7 @@ def _set_up(client_type: Any, config: MooncakeConfig) -> Any:
             "local_buffer_size": config.local_buffer_size,
             "protocol": config.protocol,
             "rdma_devices": config.device_name,
-            "master_server_addr": f"{socket.gethostbyname(host)}:{port}",
+            "master_server_addr": address,
         }
     )
     if code != 0:

@@ -15,6 +15,7 @@ import yaml
 
 from baton.kvcache.stores.base import Store, StoreConfig, StoreError
 from baton.kvcache.stores.dynamic import open_dynamic
+from baton.kvcache.stores.fallback import open_with_fallback
 from baton.kvcache.stores.file import FileStore
 from baton.kvcache.stores.mooncake import MooncakeStore
 
@@ -53,6 +54,8 @@ def parse_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, An
 
 def open_store(backend: str, config: StoreConfig, environ: Mapping[str, str] = os.environ) -> Store:
     """The store that --hicache-storage-backend names. Raises `StoreError`."""
+    if "fallback" in config.extra:
+        return open_with_fallback(backend, config, lambda name, own: open_store(name, own, environ))
     if backend == "file":
         path = environ.get(FILE_PATH_VARIABLE) or DEFAULT_FILE_PATH
         return FileStore(replace(config, extra={"path": path, **config.extra}))

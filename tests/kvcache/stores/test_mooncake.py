@@ -16,7 +16,7 @@ from tests.fakes.mooncake_service import MooncakeService, needs_mooncake
 from baton.kvcache.stores.base import StoreConfig, StoreError
 from baton.kvcache.stores.loopback import loopback_only, open_listeners
 from baton.kvcache.stores.mooncake import MooncakeStore
-from baton.kvcache.stores.mooncake_config import parse_size, read_config
+from baton.kvcache.stores.mooncake_config import read_config
 
 OBJECT_BYTES = 20_000
 NUM_OBJECTS = 48
@@ -159,14 +159,6 @@ def own_address() -> str | None:
         one.connect(("192.0.2.1", 9))
         return str(one.getsockname()[0])
     return None
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4gb", 4 << 30), ("16 MB", 16 << 20), ("1.5k", 1536), ("2T", 2 << 40), ("4096", 4096), (7, 7), ("8b", 8), (0, 0)],
-)
-def test_sizes(text: object, size: int) -> None:
-    assert parse_size(text) == size
 
 
 def test_the_first_source_that_names_a_master_wins(tmp_path: Path) -> None:
