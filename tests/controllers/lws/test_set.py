@@ -45,7 +45,7 @@ def test_the_event_of_a_lost_group_keeps_the_evidence() -> None:
         (
             "Warning",
             "Pod x-1-1 restarted: container main ended with exit code 137: first line cuda error: out of memory; "
-            "deleted leader pod x-1 to recreate group 1",
+            "deleted all pods to recreate group 1",
         )
     ]
 

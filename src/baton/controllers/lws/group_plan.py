@@ -20,7 +20,7 @@ from baton.controllers.lws.placement import topology_of
 from baton.controllers.lws.pod_template import Blueprint, make_leader, make_worker
 from baton.controllers.lws.restart import Loss
 from baton.controllers.lws.services import plan_own
-from baton.controllers.plan import Action, Create, Delete, Note, Patch, controller_of, owner_reference
+from baton.controllers.plan import Action, Create, Delete, Note, Patch, controller_of, format_time, owner_reference
 from baton.controllers.pods import explain, is_ready, is_terminating, phase
 
 
@@ -79,10 +79,8 @@ class GroupPlanner:
         if loss.by_itself:
             wait = restart.delay_before(past, self.now)
             if wait > timedelta():
-                self.holds.append(
-                    f"group {group.index} is made again in {int(wait.total_seconds())} s "
-                    f"({past.count if past else 0} times so far): {loss}"
-                )
+                times = f"made again {past.count if past else 0} times"
+                self.holds.append(f"group {group.index} ({times}) waits until {format_time(self.now + wait)}: {loss}")
                 self.waits.append(wait)
                 return True
             self.recreations[group.index] = restart.counted(past, self.now)
@@ -91,7 +89,7 @@ class GroupPlanner:
         return True
 
     def _tell_loss(self, group: Group, loss: Loss) -> None:
-        text = f"{loss}; deleted leader pod {group.leader_name} to recreate group {group.index}"
+        text = f"{loss}; deleted all pods to recreate group {group.index}"
         self.notes.append(Note("Warning" if loss.by_itself else "Normal", "RecreateGroup", text[0].upper() + text[1:]))
 
     def begin(self, group: Group, revision: str) -> None:
@@ -101,6 +99,8 @@ class GroupPlanner:
             body: Object = {"metadata": {"ownerReferences": [owner_reference(self.owner)]}}
             self.actions.append(Patch(PODS, meta["namespace"], meta["name"], body, why="adopted"))
         elif not group.is_empty:
+            if group.leader is not None and not all(map(is_terminating, group.members)):
+                self._tell_loss(group, Loss(group.leader_name, "is being deleted", by_itself=False))
             self.remove(group, "its leader is gone")
             leaving = [*group.members, *group.in_the_way]
             self.holds.append(f"group {group.index} starts when pod {leaving[0]['metadata']['name']} is gone")
@@ -169,8 +169,8 @@ class GroupPlanner:
             self.actions += plan_claims(self.owner, blueprint, pod, self.claims)
         self.actions += [Create(PODS, pod) for pod in pods]
         if pods:
-            names = f"{pods[0]['metadata']['name']}" + (f" to {len(missing)}" if len(pods) > 1 else "")
-            self.note("GroupsProgressing", f"Created {len(pods)} workers for leader pod {group.leader_name}: {names}")
+            names = ", ".join(pod["metadata"]["name"] for pod in pods)
+            self.note("GroupsProgressing", f"Created workers for leader pod {group.leader_name}: {names}")
         if taken:
             self.holds.append(f"group {group.index} is complete when pod {min(taken)}, which is not its own, is gone")
 
