@@ -1,13 +1,15 @@
 """Two stores as one: what is put, found and read when either of them lost objects or fails."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.fakes.dict_store import DictStore
+from tests.fakes.store_conformance import CHECKS, OBJECT_BYTES, MakeStore
 
-from baton.kvcache.stores.base import Object, StoreConfig, StoreError
+from baton.kvcache.stores.base import StoreConfig, StoreError
 from baton.kvcache.stores.fallback import RETRY_S, FallbackStore, open_with_fallback
 from baton.kvcache.stores.file import FileStore
 from baton.kvcache.stores.open import open_store
@@ -16,49 +18,10 @@ SIZE = 64
 NAMES = ["a", "b", "c", "d", "e"]
 
 
-class Memory:
-    """A store in a dict that can be told to fail."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, bytes] = {}
-        self.is_broken = False
-        self.calls = 0
-
-    def _called(self) -> None:
-        self.calls += 1
-        if self.is_broken:
-            raise StoreError("told to fail")
-
-    def register(self, memory: Any) -> None: ...
-
-    def batch_exists(self, names: Sequence[str]) -> int:
-        self._called()
-        return next((index for index, name in enumerate(names) if name not in self.objects), len(names))
-
-    def batch_get(self, names: Sequence[str], targets: Sequence[Object]) -> list[bool]:
-        self._called()
-        for name, target in zip(names, targets, strict=True):
-            if name in self.objects:
-                target[:] = np.frombuffer(self.objects[name], np.uint8)
-        return [name in self.objects for name in names]
-
-    def batch_put(self, names: Sequence[str], objects: Sequence[Object]) -> list[bool]:
-        self._called()
-        self.objects |= {name: one.tobytes() for name, one in zip(names, objects, strict=True)}
-        return [True] * len(names)
-
-    def clear(self) -> None:
-        self.objects.clear()
-
-    def stats(self) -> dict[str, float]:
-        return {"num_objects": float(len(self.objects))}
-
-    def close(self) -> None: ...
-
-
 class Bed:
     def __init__(self) -> None:
-        self.first, self.second, self.now = Memory(), Memory(), 100.0
+        config = StoreConfig(object_bytes=SIZE)
+        self.first, self.second, self.now = DictStore(config), DictStore(config), 100.0
         self.store = FallbackStore(self.first, self.second, clock=lambda: self.now)
         self.values = np.random.default_rng(0).integers(0, 256, (len(NAMES), SIZE), dtype=np.uint8)
         assert self.store.batch_put(NAMES, list(self.values)) == [True] * len(NAMES)
@@ -68,6 +31,17 @@ class Bed:
         done = self.store.batch_get(NAMES, list(targets))
         assert all((targets[index] == self.values[index]).all() for index, ok in enumerate(done) if ok)
         return done
+
+
+def fail(_: str) -> None:
+    raise StoreError("told to fail")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_it_is_a_store(check: Callable[[MakeStore], None]) -> None:
+    objects: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
+    config = StoreConfig(object_bytes=OBJECT_BYTES)
+    check(lambda: FallbackStore(*(DictStore(config, shared) for shared in objects)))
 
 
 @pytest.mark.parametrize(
@@ -87,24 +61,24 @@ def test_what_either_has_is_there(lost_by_first: str, lost_by_second: str, count
 @pytest.mark.parametrize("which", ["first", "second"])
 def test_one_may_fail(which: str) -> None:
     bed = Bed()
-    broken: Memory = getattr(bed, which)
+    broken: DictStore = getattr(bed, which)
     other = bed.second if which == "first" else bed.first
-    broken.is_broken = True
+    broken.before = fail
     del other.objects["d"]
     assert bed.store.batch_exists(NAMES) == 3
     assert bed.read() == [name != "d" for name in NAMES]
     assert bed.store.batch_put(["f"], [bed.values[0]]) == [True]
-    calls = broken.calls
+    calls = len(broken.calls)
     bed.read()
-    assert broken.calls == calls, "not asked again at once"
+    assert len(broken.calls) == calls, "not asked again at once"
     bed.now += RETRY_S
-    broken.is_broken = False
+    broken.before = lambda _: None
     assert bed.read() == [True] * len(NAMES)
 
 
 def test_both_failing_is_a_failure() -> None:
     bed = Bed()
-    bed.first.is_broken = bed.second.is_broken = True
+    bed.first.before = bed.second.before = fail
     for call in (
         lambda: bed.store.batch_exists(NAMES), bed.read, lambda: bed.store.batch_put(NAMES, list(bed.values))
     ):  # fmt: skip
@@ -114,8 +88,11 @@ def test_both_failing_is_a_failure() -> None:
     assert bed.store.batch_exists([]) == 0
 
 
-def test_clear_and_stats_concern_both() -> None:
+def test_clear_discard_and_stats_concern_both() -> None:
     bed = Bed()
+    bed.store.discard(["c"])
+    assert bed.store.batch_exists(NAMES) == 2
+    bed.store.batch_put(["c"], [bed.values[2]])
     assert bed.store.stats()["num_objects"] == bed.store.stats()["fallback_num_objects"] == len(NAMES)
     bed.store.clear()
     assert bed.store.batch_exists(NAMES) == 0

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.kvcache.stores.base import Object, Store, StoreConfig, StoreError
+from baton.kvcache.stores.base import DiscardingStore, Object, Store, StoreConfig, StoreError
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -86,6 +86,12 @@ class FallbackStore:
         self._check(len(answers), len(names))
         return [any(found) for found in zip(*answers, strict=True)]
 
+    def discard(self, names: Sequence[str]) -> None:
+        """From both: which of them gave the damaged bytes is not remembered."""
+        for member in self._members:
+            if isinstance(member.store, DiscardingStore):
+                self._try(member, partial(_discard, names))
+
     def clear(self) -> None:
         """Both, whatever state they are in: an object that stayed in one would come back."""
         for member in self._members:
@@ -128,6 +134,11 @@ def _exists(names: Sequence[str], store: Store) -> int:
 
 def _get(names: Sequence[str], targets: Sequence[Object], store: Store) -> list[bool]:
     return store.batch_get(names, targets)
+
+
+def _discard(names: Sequence[str], store: Store) -> None:
+    assert isinstance(store, DiscardingStore)
+    store.discard(names)
 
 
 def open_with_fallback(backend: str, config: StoreConfig, open_one: Callable[[str, StoreConfig], Store]) -> Store:

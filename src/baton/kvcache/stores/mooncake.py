@@ -51,7 +51,6 @@ class MooncakeStore:
     """A `Store`. Thread-safe: a reader and a writer may call at once."""
 
     def __init__(self, config: StoreConfig) -> None:
-        self._object_bytes = config.object_bytes
         self._config = read_config(config.extra, config.num_ranks)
         self._prefix = f"baton:{self._config.extra_backend_tag}:"
         self._client_type = load_client()
@@ -85,10 +84,14 @@ class MooncakeStore:
         return count
 
     def batch_get(self, names: Sequence[str], targets: Sequence[Object]) -> list[bool]:
-        return self._transfer("batch_get_into", names, targets, self._object_bytes)
+        return self._transfer("batch_get_into", names, targets, [one.nbytes for one in targets])
 
     def batch_put(self, names: Sequence[str], objects: Sequence[Object]) -> list[bool]:
-        return self._transfer("batch_put_from", names, objects, 0)
+        return self._transfer("batch_put_from", names, objects, [0] * len(names))
+
+    def discard(self, names: Sequence[str]) -> None:
+        with self._call() as client:
+            client.batch_remove(self._keys(names), force=True)
 
     def clear(self) -> None:
         with self._call() as client:
@@ -107,13 +110,16 @@ class MooncakeStore:
                     client.close()
             self._client, self._former = None, []
 
-    def _transfer(self, method: str, names: Sequence[str], objects: Sequence[Object], success: int) -> list[bool]:
+    def _transfer(
+        self, method: str, names: Sequence[str], objects: Sequence[Object], expected: Sequence[int]
+    ) -> list[bool]:
+        """One call of the client for all; an object is done when the answer is the expected one."""
         if not names:
             return []
         pointers = [one.ctypes.data for one in objects]
         with self._call() as client:
             answers = getattr(client, method)(self._keys(names), pointers, [one.nbytes for one in objects])
-            done = [answer == success for answer in answers]
+            done = [answer == wanted for answer, wanted in zip(answers, expected, strict=True)]
             broken = [answer for answer in answers if answer < 0 and answer not in _ABSENT | _REFUSED]
             if broken and not any(done):
                 raise self._failure(method, broken[0])
