@@ -148,9 +148,8 @@ class Leader:
         return values
 
     def close(self) -> None:
-        self._listener.close()
-        for connection in self.controls.values():
-            connection.close()
+        for sock in (self._listener, *(one.socket for one in self.controls.values()), *self.watches.values()):
+            sock.close()
 
     def _missing(self) -> list[int]:
         others = range(1, self._topology.num_ranks)
@@ -209,22 +208,29 @@ def join(
     deadline = time.monotonic() + timeout_s
     leader = f"the leader at {address[0]}:{address[1]}"
     control, watch = (Connection(sock, leader) for sock in _dial(address, 2, deadline, timeout_s, sleep))
-    control.send(hello)
-    with contextlib.suppress(GroupError):  # a leader that is gone by now has said why on the other connection
-        watch.send(Watch(topology.rank))
-    while True:
-        readable, _, _ = select.select([control.socket], [], [], PROGRESS_S)
-        if readable:
-            break
+    try:
+        control.send(hello)
+        with contextlib.suppress(GroupError):  # a leader that is gone by now has said why on the other connection
+            watch.send(Watch(topology.rank))
+        return control, watch.socket, _welcome(control, deadline, timeout_s)
+    except BaseException:
+        control.close()
+        watch.close()
+        raise
+
+
+def _welcome(control: Connection, deadline: float, timeout_s: float) -> Welcome:
+    """Wait for the leader's answer, which comes when all ranks are there."""
+    while not select.select([control.socket], [], [], PROGRESS_S)[0]:
         if time.monotonic() > deadline:
-            raise GroupError(f"{leader} waits for other ranks for more than {timeout_s:g} s (--dist-timeout)")
-        logger.info("waiting for the other ranks, as %s does", leader)
+            raise GroupError(f"{control.peer} waits for other ranks for more than {timeout_s:g} s (--dist-timeout)")
+        logger.info("waiting for the other ranks, as %s does", control.peer)
     answer = control.receive(GREETING_TIMEOUT_S)
     if isinstance(answer, Refused):
-        raise GroupError(f"{leader} refuses this rank: {answer.reason}")
+        raise GroupError(f"{control.peer} refuses this rank: {answer.reason}")
     if not isinstance(answer, Welcome):
-        raise GroupError(f"{leader} answered with {type(answer).__name__}")
-    return control, watch.socket, answer
+        raise GroupError(f"{control.peer} answered with {type(answer).__name__}")
+    return answer
 
 
 def finish_phase(control: Connection, name: str, value: str, timeout_s: float | None) -> list[str]:
