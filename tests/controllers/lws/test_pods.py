@@ -11,6 +11,7 @@ from tests.fakes.kube_world import KubeWorld
 
 from baton.api.resources import CONTROLLER_REVISIONS, LEADER_WORKER_SETS, PERSISTENT_VOLUME_CLAIMS, PODS, SERVICES
 from baton.controllers.lws import leader_worker_set as room
+from baton.controllers.placement import scheduler
 
 Object = dict[str, Any]
 LWS = "leaderworkerset.sigs.k8s.io/"
@@ -278,3 +279,27 @@ def test_who_needs_no_tpu_variables_gets_none() -> None:
     assert dict(env(pod(world, "x-0-1")))["TPU_WORKER_ID"] == "5"
     assert "TPU_NAME" not in dict(env(pod(world, "x-0-1")))
     assert pod(world, "x-0-1")["metadata"]["annotations"][LWS + "leader-requests-tpus"] == "true"
+
+
+def test_exclusive_groups_share_no_domain_and_one_too_many_says_so() -> None:
+    world = KubeWorld([room.CONTROLLER, scheduler.CONTROLLER])
+    for number in range(4):
+        ready = {"conditions": [{"type": "Ready", "status": "True"}], "allocatable": {"cpu": "8", "pods": "9"}}
+        world.put({**node(f"n{number}", rack=f"r{number % 2}"), "status": ready})
+    world.put(leader_worker_set(3, 3, annotations={LWS + "exclusive-topology": "rack"}))
+    for _ in range(12):
+        world.reconcile()
+        for one in world.all(PODS):
+            if one["spec"].get("nodeName") and world.needs_kubelet(one):
+                world.make_ready(one)
+    racks: dict[str, set[int]] = {}
+    for one in world.all(PODS):
+        where = one["spec"].get("nodeName")
+        racks.setdefault(one["metadata"]["labels"][LWS + "group-index"], set()).update(
+            {int(where[1:]) % 2} if where else ()
+        )
+    assert sorted(map(len, racks.values())) == [0, 1, 1], racks
+    assert len(set().union(*racks.values())) == 2
+    found = world.get(LEADER_WORKER_SETS, "x", "default")
+    assert found is not None and found["status"]["readyReplicas"] == 2
+    assert "cannot be scheduled: 0/4 nodes are available" in found["status"]["hold"]
