@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/store.py --json benchmarks/results/store.json
 
 Every method writes and reads the same bytes (from and to a host tier that has been touched), once per round; methods take turns,
-so that all of them meet the same noise; the disk is idle before each write (sync); figures are medians.
+so that all of them meet the same noise; the disk is idle before each write (sync); figures are medians. CPU seconds per GB stand
+up to a busy machine, rates do not.
 - worker: ours, from `do(Write)` or `do(Read)` to its last event: pages sealed and verified, batches, events, both threads.
 - store: the file store alone, in batches as the worker makes them, full all the time (every put evicts).
 - plain: `pwrite` over a file that exists, `preadv` from it: the limit. plain fresh: `pwrite` into a new file.
@@ -239,6 +240,7 @@ def measure(directory: Path, page_bytes: int, total_bytes: int, rounds: int, *, 
     source, target = list(memory.array[:num_pages]), list(memory.array[num_pages:])
     methods = open_methods(directory, memory, source, peers=peers)
     rates: dict[str, dict[str, list[float]]] = {name: {"write": [], "read": []} for name in methods}
+    cpu: dict[str, dict[str, list[float]]] = {name: {"write": [], "read": []} for name in methods}
     num_bytes = memory.array.nbytes // 2
     for number in range(rounds + 1):
         keys = [hashlib.sha256(f"{number} {i}".encode()).digest() for i in range(num_pages)]
@@ -246,19 +248,31 @@ def measure(directory: Path, page_bytes: int, total_bytes: int, rounds: int, *, 
             os.sync()
             memory.array[num_pages:] = 0
             for what, call, pages in (("write", method.write, source), ("read", method.read, target)):
-                started = time.perf_counter()
+                started, cpu_s = time.perf_counter(), time.process_time()
                 call(keys, pages)
+                duration_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_s
                 if number:  # The first round fills the stores.
-                    rates[name][what].append(num_bytes / (time.perf_counter() - started) / 1e9)
+                    rates[name][what].append(num_bytes / duration_s / 1e9)
+                    cpu[name][what].append(cpu_s / num_bytes * 1e9)
             assert np.array_equal(memory.array[:num_pages], memory.array[num_pages:]), f"{name}: other bytes came back"
     for method in methods.values():
         method.close()
-    medians = {name: {what: statistics.median(values) for what, values in of.items()} for name, of in rates.items()}
+    medians, cpu_medians = (
+        {name: {what: statistics.median(values) for what, values in of.items()} for name, of in figures.items()}
+        for figures in (rates, cpu)
+    )
     ratios = {
         f"{ours} / plain": {what: medians[ours][what] / medians["plain"][what] for what in ("write", "read")}
         for ours in ("worker", "store")
     }
-    return {"page_bytes": page_bytes, "bytes": num_bytes, "gb_s": medians, "ratios": ratios, "rounds_gb_s": rates}
+    return {
+        "page_bytes": page_bytes,
+        "bytes": num_bytes,
+        "gb_s": medians,
+        "cpu_s_per_gb": cpu_medians,
+        "ratios": ratios,
+        "rounds_gb_s": rates,
+    }
 
 
 def measure_start(directory: Path) -> dict[str, float]:
@@ -282,7 +296,11 @@ def show(result: dict[str, Any]) -> None:
     print(f"\npages of {result['page_bytes']:,} bytes, {result['bytes'] / 2**20:.0f} MiB a run, GB/s")
     for name, of in result["gb_s"].items():
         spans = {what: result["rounds_gb_s"][name][what] for what in of}
-        figures = (f"{what} {of[what]:5.2f} ({min(span):.2f} .. {max(span):.2f})" for what, span in spans.items())
+        cpu = result["cpu_s_per_gb"][name]
+        figures = (
+            f"{what} {of[what]:5.2f} ({min(span):.2f} .. {max(span):.2f}) {cpu[what]:.3f} CPU s/GB"
+            for what, span in spans.items()
+        )
         print(f"  {name:16}", "   ".join(figures))
     for name, of in result["ratios"].items():
         print(f"  {name:16} write {of['write']:.2f}   read {of['read']:.2f}")

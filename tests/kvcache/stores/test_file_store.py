@@ -72,10 +72,23 @@ def test_the_least_recently_used_are_evicted_within_the_bound(store: FileStore) 
     assert store.stats()["evicted_objects"] == 7
 
 
-def test_of_one_prefix_the_end_goes_first(store: FileStore) -> None:
-    put(store, "abcdefghij")
+@pytest.mark.parametrize("used_by", ["put", "get"])
+def test_of_one_prefix_the_end_goes_first(store: FileStore, used_by: str) -> None:
+    if used_by == "put":
+        put(store, "abcdefghij")
+    else:
+        put(store, "jihgfedcba")
+        held(store, "abcdefghij")
     put(store, "xyz")
     assert held(store, "abcdefghij") == "abcdefg"
+
+
+def test_the_smaller_capacity_holds_whoever_filled_it(store: FileStore, tmp_path: Path) -> None:
+    small = open_store(tmp_path, num_objects=4)
+    put(store, "abcdefghij")
+    assert put(small, "x") == [True]
+    assert disk_bytes(store) == 4 * STRIDE and held(store, "abcdefghijx") == "abcx"
+    small.close()
 
 
 def test_a_put_that_finds_its_objects_there_counts_as_use(store: FileStore) -> None:

@@ -89,9 +89,10 @@ def test_bytes_of_other_heads_or_another_page_under_our_name_do_not_verify(schem
     store: dict[str, bytes] = {}
     for heads in (range(1), range(1, 2)):
         Rank(heads, store, scheme).write(numbers_of_model())
-    names = list(store)
-    mixed = dict(zip(names, [store[name] for name in names[1:] + names[:1]], strict=True))
-    assert not any(Rank(range(1), mixed, scheme).read()[1])
+    names = list(store)  # page 0 and 1 of head 0, then of head 1
+    for other in ([1, 0, 3, 2], [2, 3, 0, 1]):
+        mixed = {name: store[names[i]] for name, i in zip(names, other, strict=True)}
+        assert not any(Rank(range(1), mixed, scheme).read()[1])
 
 
 @pytest.mark.parametrize(

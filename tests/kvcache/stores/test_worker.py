@@ -103,6 +103,15 @@ def test_what_was_written_is_found_and_read_back(bed: Bed) -> None:
     assert (stats["up"], stats["hits"], stats["misses"], stats["pages_read"], stats["pages_written"]) == (1, 3, 2, 3, 3)
 
 
+def test_all_memory_that_objects_lie_in_is_registered(bed: Bed) -> None:
+    spans = [(memory.ctypes.data, memory.ctypes.data + memory.nbytes) for memory in bed.store.registered]
+    used: list[int] = []
+    bed.store.batch_put = lambda names, objects: [bool(used.append(o.ctypes.data)) or True for o in objects]  # type: ignore[method-assign,func-returns-value]
+    bed.worker.do(Write(1, KEYS[:2], [0, 1]))
+    bed.next()
+    assert used and all(any(start <= address < end for start, end in spans) for address in used)
+
+
 def test_a_read_ends_at_the_first_hole(bed: Bed) -> None:
     bed.fill(0, 1, 2, 3, 4, 5)
     bed.worker.do(Write(1, [KEYS[0], *KEYS[2:6]], [0, 2, 3, 4, 5]))

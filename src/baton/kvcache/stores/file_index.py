@@ -104,11 +104,11 @@ class FileIndex:
         used objects. The caller writes them and then publishes or drops every one."""
         stride = stride_of(size)
         with self._changing() as db:
-            oldest_in_use = self._write_touched(db)
+            self._write_touched(db)
             held = self._count(db)
             room = max(0, (self._capacity - held) // stride) if grow else 0
             numbers = self._take_new(db, size, min(count, room))
-            numbers += self._evict(db, size, count - len(numbers), held + len(numbers) * stride, oldest_in_use)
+            numbers += self._evict(db, size, count - len(numbers), held + len(numbers) * stride)
             slots = [Slot(_token(), number) for number in numbers]
             self._insert(db, size, slots)
             self._count(db)
@@ -213,13 +213,11 @@ class FileIndex:
     def _now(self, db: sqlite3.Connection) -> int:
         return int(db.execute("SELECT coalesce(max(used), 0) + 1 FROM objects").fetchone()[0])
 
-    def _write_touched(self, db: sqlite3.Connection) -> int:
-        """The counter before the touches: what was used before is free to be evicted."""
+    def _write_touched(self, db: sqlite3.Connection) -> None:
         now = self._now(db)
         used = zip(range(now, now + len(self._touched)), self._touched, strict=True)
         db.executemany("UPDATE objects SET used=? WHERE key=?", list(used))
         self._touched.clear()
-        return now
 
     def _take_new(self, db: sqlite3.Connection, size: int, count: int) -> list[int]:
         """Slots that held no object: holes first, then the end of the file."""
@@ -236,14 +234,14 @@ class FileIndex:
         )
         return numbers + list(range(end, new_end))
 
-    def _evict(self, db: sqlite3.Connection, size: int, count: int, held: int, oldest_in_use: int) -> list[int]:
+    def _evict(self, db: sqlite3.Connection, size: int, count: int, held: int) -> list[int]:
         """Up to `count` slots of least recently used objects. Objects of another size (another model's) give their space back, and so
         do all while more is held than the capacity."""
         numbers: list[int] = []
         if count <= 0:
             return numbers
         stride = stride_of(size)
-        for victim_size, number in self._oldest(db, oldest_in_use):
+        for victim_size, number in self._oldest(db):
             if victim_size == size and held <= self._capacity:
                 numbers.append(number)
             else:
@@ -256,10 +254,10 @@ class FileIndex:
                 break
         return numbers
 
-    def _oldest(self, db: sqlite3.Connection, before: int) -> Iterator[tuple[int, int]]:
+    def _oldest(self, db: sqlite3.Connection) -> Iterator[tuple[int, int]]:
         """(size, slot) of the least recently used objects, which are forgotten one by one; the slot is the caller's."""
-        query = "SELECT key, size, slot FROM objects WHERE used < ? ORDER BY used LIMIT 64"
-        while victims := db.execute(query, (before,)).fetchall():
+        query = "SELECT key, size, slot FROM objects ORDER BY used LIMIT 64"
+        while victims := db.execute(query).fetchall():
             for key, size, number in victims:
                 db.execute("DELETE FROM objects WHERE key=?", (key,))
                 self.totals.evicted += 1
@@ -268,7 +266,7 @@ class FileIndex:
     def _shrink(self, db: sqlite3.Connection, num_bytes: int) -> None:
         """Evict until no more than `num_bytes` are held."""
         held = self._count(db)
-        victims = self._oldest(db, self._now(db))
+        victims = self._oldest(db)
         while held > num_bytes:
             size, number = next(victims)
             self._free(db, size, number)
