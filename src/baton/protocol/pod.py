@@ -20,8 +20,22 @@ def listen_host(host: str) -> str:
 
 def manifest_path(path: str) -> str:
     """The path as the manifest has it, for one that a volume's place was written into; any other path as it is."""
-    for pair in os.environ.get(VOLUME_PATHS_VARIABLE, "").split(":"):
-        here, _, manifest = pair.partition("=")
-        if here and (path == here or path.startswith(here + "/")):
-            return manifest + path[len(here) :]
+    return _moved(path, _volume_paths())
+
+
+def local_path(path: str) -> str:
+    """The other way: where a path of the manifest lies in this pod."""
+    return _moved(path, [(manifest, here) for here, manifest in _volume_paths()])
+
+
+def _volume_paths() -> list[tuple[str, str]]:
+    """(here, in the manifest)."""
+    pairs = (pair.partition("=") for pair in os.environ.get(VOLUME_PATHS_VARIABLE, "").split(":"))
+    return [(here, manifest) for here, _, manifest in pairs if here]
+
+
+def _moved(path: str, moves: list[tuple[str, str]]) -> str:
+    for start, end in sorted(moves, key=lambda move: -len(move[0])):  # a volume may lie inside another
+        if path == start or path.startswith(start + "/"):
+            return end + path[len(start) :]
     return path

@@ -22,7 +22,8 @@ import baton
 _SHIPPED = Path(__file__).with_name("images.yaml")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _LISTS = ("match", "entrypoint", "path", "pythonpath", "share")
-_FIELDS = {"name", "note", "hint", "env", "commands", *_LISTS}
+_MAPS = ("env", "mounts")
+_FIELDS = {"name", "note", "hint", "commands", *_LISTS, *_MAPS}
 
 
 class CatalogueError(Exception):
@@ -41,6 +42,8 @@ class ImageMapping:
     path: tuple[str, ...] = ()
     pythonpath: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    mounts: Mapping[str, str] = field(default_factory=dict)
+    """Path in the container -> path on this machine, read-only."""
     share: tuple[str, ...] = ()
     hint: str = ""
     source: str = ""
@@ -73,7 +76,8 @@ class ImageMapping:
             name=self.name, note=self.note, match=self.match, entrypoint=fill_all(self.entrypoint),
             commands={key: fill_all(value) for key, value in self.commands.items()}, path=fill_all(self.path),
             pythonpath=fill_all(self.pythonpath), env={key: fill(value) for key, value in self.env.items()},
-            share=fill_all(self.share), hint=self.hint, source=self.source,
+            mounts={key: fill(value) for key, value in self.mounts.items()}, share=fill_all(self.share),
+            hint=self.hint, source=self.source,
         )  # fmt: skip
 
     def rewrite(self, command: Sequence[str]) -> tuple[str, ...]:
@@ -157,20 +161,27 @@ def _entry(path: Path, where: str, raw: Any) -> ImageMapping:
     if not raw.get("match"):
         raise refuse("match", "is required: a list of patterns")
     lists = {key: _texts(raw.get(key, []), lambda problem, key=key: refuse(key, problem)) for key in _LISTS}
-    env = raw.get("env") or {}
-    if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
-        raise refuse("env", "wants a mapping of texts")
+    maps = {key: raw.get(key) or {} for key in _MAPS}
+    for key, value in maps.items():
+        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            raise refuse(key, "wants a mapping of texts")
     commands = raw.get("commands") or {}
     if not isinstance(commands, dict):
         raise refuse("commands", "wants a mapping of lists")
     rewrites = {str(k): _texts(v, lambda problem, k=k: refuse(f"commands.{k}", problem)) for k, v in commands.items()}
     known = {*machine_variables(), "POD_IP"}
-    for text in (*env.values(), *(one for many in (*lists.values(), *rewrites.values()) for one in many)):
+    texts = [
+        one
+        for many in (*lists.values(), *rewrites.values(), *(each.values() for each in maps.values()))
+        for one in many
+    ]
+    for text in texts:
         for name in _VARIABLE.findall(text):
             if name not in known:
                 raise refuse("", f"unknown variable ${{{name}}}; known are {', '.join(sorted(known))}")
     return ImageMapping(
-        name=raw["name"], note=raw.get("note", ""), hint=raw.get("hint", ""), env=env, commands=rewrites, source=str(path), **lists
+        name=raw["name"], note=raw.get("note", ""), hint=raw.get("hint", ""), commands=rewrites, source=str(path),
+        env=maps["env"], mounts=maps["mounts"], **lists
     )  # fmt: skip
 
 

@@ -48,11 +48,12 @@ def build(context: PodContext, container: Object, image: ImageMapping) -> Contai
     if hook is not None:
         env["LD_PRELOAD"] = _joined((str(hook),), own.get("LD_PRELOAD"))
     directory = context.slot.container_dir(container["name"])
+    mounts = _mounts(context, container, own)
     return ContainerPlan(
         argv=_argv(container, own, image),
         env=env,
         cwd=str(container.get("workingDir") or "/"),
-        mounts=tuple(_mounts(context, container, own)),
+        mounts=(*mounts, *_image_mounts(image, mounts)),
         share=image.share,
         keep=(*_kept(image), *([str(hook)] if hook else [])),
         hostname=hostname(context.pod),
@@ -110,3 +111,14 @@ def _mounts(context: PodContext, container: Object, env: Mapping[str, str]) -> l
             raise ContainerConfigError(str(problem)) from problem
         result.append(Mount(source, str(raw["mountPath"]), volume.read_only or bool(raw.get("readOnly"))))
     return result
+
+
+def _image_mounts(image: ImageMapping, given: list[Mount]) -> list[Mount]:
+    """What the image has at fixed paths, where no volume of the manifest lies above or below."""
+
+    def is_apart(target: str) -> bool:
+        own = f"{target.rstrip('/')}/"
+        taken = [f"{mount.target.rstrip('/')}/" for mount in given]
+        return not any(own.startswith(path) or path.startswith(own) for path in taken)
+
+    return [Mount(Path(source), target, True) for target, source in image.mounts.items() if is_apart(target)]
