@@ -77,14 +77,13 @@ class FileIndex:
     def lookup(self, keys: Sequence[int], size: int, *, consecutive: bool = False) -> list[int | None]:
         """The slot of each object of this size, None where there is none; `consecutive`: only up to the first None."""
         slots: list[int | None] = []
-        with self._lookups_lock:
-            self._lookups.execute("BEGIN")
+        query = "SELECT slot FROM objects WHERE key=? AND size=?"
+        with self._lookups_lock, _transaction(self._lookups, "DEFERRED") as db:
             for key in keys:
-                row = self._lookups.execute("SELECT slot FROM objects WHERE key=? AND size=?", (key, size)).fetchone()
+                row = db.execute(query, (key, size)).fetchone()
                 slots.append(row and row[0])
                 if consecutive and row is None:
                     break
-            self._lookups.execute("COMMIT")
         return slots
 
     def touch(self, keys: Sequence[int]) -> None:
@@ -191,16 +190,12 @@ class FileIndex:
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
         with self._changes_lock:
-            self._changes.execute("BEGIN IMMEDIATE")
             evicted = self.totals.evicted
             try:
-                yield self._changes
-                self._changes.execute("COMMIT")
+                with _transaction(self._changes, "IMMEDIATE") as db:
+                    yield db
             except BaseException:
                 self.totals.evicted = evicted
-                # SQLite itself has ended the transaction after some errors.
-                if self._changes.in_transaction:
-                    self._changes.execute("ROLLBACK")
                 raise
 
     def _count(self, db: sqlite3.Connection) -> int:
@@ -282,6 +277,19 @@ class FileIndex:
         now = self._now(db)
         rows = [(slot.token, size, slot.number, now + len(slots) - i) for i, slot in enumerate(slots)]
         db.executemany("INSERT INTO objects VALUES (?, ?, ?, ?)", rows)
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[sqlite3.Connection]:
+    db.execute(f"BEGIN {kind}")
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        # SQLite itself has ended the transaction after some errors.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 @contextmanager

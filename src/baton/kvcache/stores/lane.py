@@ -15,7 +15,7 @@ from baton.kvcache.stores.breaker import Breaker
 from baton.kvcache.stores.jobs import Bench, ClearJob, Job, QueryJob
 from baton.kvcache.tiers import StoreEvent
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PROBE_NAME = "baton-probe"
 
@@ -119,7 +119,7 @@ class Lane:
         if self.breaker.is_down:
             self._flush()
         if just_now:
-            log.warning(
+            logger.warning(
                 "store down for %s: %s. Requests go on without it; it is probed until it answers (next in %.1f s). "
                 "Check the store and --hicache-storage-backend-extra-config.",
                 self.name,
@@ -176,9 +176,8 @@ class Lane:
             event, ended = job.step(self._call)
         except _CallError:
             failed = True
-        except (
-            Exception
-        ) as error:  # The call passed, but what it returned makes no sense: told by the breaker's log line.
+        except Exception as error:
+            # The call passed, but what it returned makes no sense: told by the breaker's log line.
             failed = True
             with self._ready:
                 self.bench.counters.errors += 1
@@ -225,7 +224,7 @@ class Lane:
             self.bench.counters.timeouts += 1
             self._failed(f"a call took {took_s:.1f} s")
         elif self.breaker.succeeded():
-            log.warning("store up again for %s", self.name)
+            logger.warning("store up again for %s", self.name)
 
     def _probe(self) -> None:
         with contextlib.suppress(_CallError):

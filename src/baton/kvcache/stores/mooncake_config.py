@@ -8,13 +8,13 @@ master is the whole configuration, as with SGLang. One default is ours: a worker
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baton.kvcache.stores.base import StoreError
+from baton.kvcache.stores.sizes import parse_size
 from baton.protocol.pod import listen_host
 
 CONFIG_PATH_VARIABLE = "SGLANG_HICACHE_MOONCAKE_CONFIG_PATH"
@@ -30,9 +30,6 @@ _VARIABLES = {
     "master_metrics_port": "MOONCAKE_MASTER_METRICS_PORT",
     "extra_backend_tag": "MOONCAKE_EXTRA_BACKEND_TAG",
 }
-_UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
-_UNITS |= {unit[0]: factor for unit, factor in _UNITS.items() if len(unit) == 2}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -70,16 +67,6 @@ def read_config(extra: Mapping[str, Any], num_ranks: int, environ: Mapping[str, 
             f"in the JSON file named by {CONFIG_PATH_VARIABLE}, or as MOONCAKE_MASTER"
         )
     return _checked("environment", {**found, **extra}, num_ranks)
-
-
-def parse_size(text: object) -> int:
-    """Bytes of 4096, "4096", "16mb", "1.5 gb", "4G". Raises `ValueError`."""
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
-    match = _SIZE.fullmatch(text.strip().lower()) if isinstance(text, str) else None
-    if match is None or match[2] not in _UNITS:
-        raise ValueError('wants a number of bytes or a text such as "4gb"')
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _file(path: str) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from baton.kvcache.stores.objects import ObjectScheme
 from baton.kvcache.stores.seal import SEAL_BYTES
 from baton.kvcache.tiers import Cancel, Query, Read, StoreAction, StoreEvent
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class StoreWorker:
         if all(ended):
             self._store.close()
         else:
-            log.warning("store not closed: a call into it has not returned in %g s", timeout_s)
+            logger.warning("store not closed: a call into it has not returned in %g s", timeout_s)
 
     def _lane(
         self, name: str, scheme: ObjectScheme, memory: PageMemory, batch_pages: int, clock: Callable[[], float]
