@@ -47,6 +47,9 @@ class Connection:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # An idle group says nothing here for hours; whatever is between two hosts must not forget the connection.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         sock.settimeout(None)
         self.socket, self.peer = sock, peer
         self._encoder = msgspec.msgpack.Encoder()
