@@ -11,6 +11,7 @@ from tests.controllers.conftest import Bench
 
 from baton.api.resources import (
     CONFIG_MAPS,
+    CUSTOM_RESOURCE_DEFINITIONS,
     DEPLOYMENTS,
     ENDPOINT_SLICES,
     EVENTS,
@@ -129,6 +130,37 @@ async def test_multi_node_manifests_come_up_behind_their_service_restart_and_go(
     )
     await bench.client.delete(LEADER_WORKER_SETS, name, "default")
     await bench.until(lambda: not pod_names(bench))
+
+
+async def test_a_crd_without_our_status_field_is_no_reason_to_write_for_ever(bench: Bench) -> None:
+    """Upstream's CRD may be the installed one: its schema drops `status.hold`."""
+    crd = "leaderworkersets.leaderworkerset.x-k8s.io"
+    closed = {"type": "object", "properties": {
+        "observedGeneration": {"type": "integer"}, "replicas": {"type": "integer"}, "hpaPodSelector": {"type": "string"},
+        "readyReplicas": {"type": "integer"}, "updatedReplicas": {"type": "integer"},
+        "conditions": {"type": "array", "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+    }}  # fmt: skip
+    path = "/spec/versions/0/schema/openAPIV3Schema/properties/status"
+    await bench.client.patch(
+        CUSTOM_RESOURCE_DEFINITIONS, crd, None, [{"op": "replace", "path": path, "value": closed}], kind="json"
+    )
+    bench.ready_pods = False
+    template = {"spec": {"containers": [{"name": "c", "image": "i"}]}}
+    await create(bench, [{
+        "apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "metadata": {"name": "x"},
+        "spec": {"leaderWorkerTemplate": {"size": 2, "workerTemplate": template}},
+    }])  # fmt: skip
+    await bench.until(lambda: len(bench.pods.list()) == 2 and all(p["spec"].get("nodeName") for p in bench.pods.list()))
+    quiet = 0
+    for _ in range(200):
+        before = bench.client.num_requests
+        await bench.runner_turn()
+        quiet = quiet + 1 if bench.runner.is_idle and bench.client.num_requests == before + 1 else 0
+        if quiet > 5:
+            break
+    assert quiet > 5
+    found = await bench.client.get(LEADER_WORKER_SETS, "x", "default")
+    assert "hold" not in found["status"] and found["status"]["replicas"] == 1
 
 
 GROUP: dict[str, Any] = {

@@ -236,5 +236,6 @@ CONTROLLER: Controller[SetObserved] = Controller(
     reconcile=reconcile,
     primary=lambda observed: observed.leader_worker_set,
     labels={PODS: (lws.SET_NAME,), PERSISTENT_VOLUME_CLAIMS: (lws.SET_NAME,)},
+    gather_s=0.05,
     rejected=rejected_status,
 )
