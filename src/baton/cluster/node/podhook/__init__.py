@@ -1,6 +1,6 @@
 """The library that is preloaded into programs of pods (`podhook.c` says what for), built once per machine.
 
-Not here: the same for Python programs, and names (`pyhook`).
+Not here: the same for Python programs (`pyhook`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("podhook.c")
-_FLAGS = ("-O2", "-shared", "-fPIC", "-Wall")
+_FLAGS = ("-O2", "-shared", "-fPIC", "-Wall", "-ldl")
 _BUILD_TIMEOUT_S = 30.0
 
 
@@ -36,12 +36,15 @@ def library(cache: Path) -> Path | None:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             part = os.path.join(scratch, target.name)  # noqa: PTH118  (a path for the compiler)
             subprocess.run(
-                [compiler, *_FLAGS, "-o", part, str(SOURCE)],
+                [compiler, "-o", part, str(SOURCE), *_FLAGS],
                 check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S,
             )  # fmt: skip
             Path(part).replace(target)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        logger.warning("C programs of pods will listen on all addresses where they ask for them: %s", detail)
+        logger.warning(
+            "C programs of pods will listen on all addresses where they ask for them, and know no names in plain isolation: %s",
+            detail,
+        )
         return None
     return target

@@ -1,14 +1,20 @@
-/* Preloaded into every dynamically linked program of a pod: "all addresses" means the pod's own (BATON_POD_IP).
+/* Preloaded into every dynamically linked program of a pod: "all addresses" means the pod's own (BATON_POD_IP), and, in plain
+ * isolation, the cluster's names are looked up in the slot's hosts file (BATON_HOSTS_FILE) first.
  *
- * The counterpart of pyhook for libraries that bind in C and take no address (Mooncake, gRPC, ...). Without it they would take
- * a port from all pods of the machine and listen to its network. Streams only: a datagram socket that binds to all addresses
- * usually only wants a port to send from. Not reached: static programs and those that call the kernel themselves (Go).
+ * The counterpart of pyhook for libraries that bind and resolve in C (Mooncake, gRPC, ...). Without it they would take a port
+ * from all pods of the machine and listen to its network. Streams only: a datagram socket that binds to all addresses usually
+ * only wants a port to send from. Of a name with several addresses a program gets the first. Not reached: static programs
+ * and those that call the kernel themselves (Go), gethostbyname.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dlfcn.h>
+#include <netdb.h>
 #include <netinet/in.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -38,4 +44,35 @@ int bind(int fd, const struct sockaddr *address, socklen_t length) {
         }
     }
     return (int)syscall(SYS_bind, fd, (const struct sockaddr *)&own, length);
+}
+
+/* The first address of a name in the hosts file; 0 when it is not there. */
+static int look_up(const char *name, char address[INET6_ADDRSTRLEN]) {
+    const char *path = getenv("BATON_HOSTS_FILE");
+    FILE *file = path == NULL ? NULL : fopen(path, "re");
+    char *line = NULL;
+    size_t capacity = 0;
+    int found = 0;
+    if (file == NULL)
+        return 0;
+    while (!found && getline(&line, &capacity, file) > 0) {
+        char *rest = NULL, *first, *word;
+        line[strcspn(line, "#\n")] = '\0';
+        first = strtok_r(line, " \t", &rest);
+        while (first != NULL && !found && (word = strtok_r(NULL, " \t", &rest)) != NULL)
+            found = strcasecmp(word, name) == 0;
+        if (found)
+            found = snprintf(address, INET6_ADDRSTRLEN, "%s", first) < INET6_ADDRSTRLEN;
+    }
+    free(line);
+    fclose(file);
+    return found;
+}
+
+int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **result) {
+    static int (*next)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+    char address[INET6_ADDRSTRLEN];
+    if (next == NULL)
+        *(void **)&next = dlsym(RTLD_NEXT, "getaddrinfo");
+    return next(node != NULL && look_up(node, address) ? address : node, service, hints, result);
 }
