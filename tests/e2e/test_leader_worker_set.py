@@ -119,6 +119,8 @@ def create_and_look(one: Cluster) -> None:
     assert row.split()[:4] == ["pair", "2", "2", "2"]
     until(lambda: ask(one) == "one 1 of 2", "the worker has joined its leader")
     assert "looking for pair-1.pair.default" in one.kubectl("logs", "pair-1-1")
+    conditions = {entry["type"]: entry for entry in one.get("pod", "pair-0")["status"]["conditions"]}
+    assert "reason" not in conditions["Ready"], "why it was not ready for a while is over"
     assert one.get("service", "pair")["spec"]["clusterIP"] == "None"
     assert "All replicas are ready, with 2 groups ready of total 2 groups" in one.kubectl("describe", "lws", "pair")
 

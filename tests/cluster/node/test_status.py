@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from baton.cluster.node.status import ContainerSnapshot, PodSnapshot, build, conditions, differs, phase
+from baton.cluster.node.status import ContainerSnapshot, PodSnapshot, as_patch, build, conditions, differs, phase
 
 
 def container(name: str = "main", kind: str = "ready", code: int = 0, *, done: bool = False) -> ContainerSnapshot:
@@ -97,3 +97,9 @@ def test_a_status_that_is_there_already_is_not_written_again() -> None:
     assert not differs(stored, status)
     assert differs(stored, build(pod(container(kind="running"))))
     assert differs({"metadata": {}, "spec": {}}, status)
+
+
+def test_a_condition_that_holds_again_loses_the_reason_it_had_for_not_holding() -> None:
+    unready, ready = (as_patch(build(pod(container(kind=kind)))) for kind in ("running", "ready"))
+    found = [next(one for one in patch["conditions"] if one["type"] == "Ready") for patch in (unready, ready)]
+    assert [(one["status"], one["reason"]) for one in found] == [("False", "ContainersNotReady"), ("True", None)]

@@ -308,7 +308,7 @@ class PodWorker:
         if not status.differs(self.pod, built):
             return
         answer = await self._shared.client.patch(
-            PODS, meta["name"], meta["namespace"], {"metadata": {"uid": self.uid}, "status": built},
+            PODS, meta["name"], meta["namespace"], {"metadata": {"uid": self.uid}, "status": status.as_patch(built)},
             kind="strategic", subresource="status",
         )  # fmt: skip
         self._shared.objects.pods.observe(answer)

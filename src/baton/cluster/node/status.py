@@ -82,6 +82,12 @@ def build(snapshot: PodSnapshot) -> Object:
     return status
 
 
+def as_patch(status: Object) -> Object:
+    """For a strategic merge: a condition that has no reason or message loses the one it had."""
+    gone = {"reason": None, "message": None}
+    return {**status, "conditions": [{**gone, **condition} for condition in status["conditions"]]}
+
+
 def is_initialized(snapshot: PodSnapshot) -> bool:
     return all(
         (one.is_started or (one.has_run and any(c.has_run for c in snapshot.containers)))
