@@ -1,7 +1,8 @@
 """Kubernetes resource types of ours, and facts about those of others. Pure: no I/O, no clock, nothing of ours imported.
 
 Front door: :func:`validate`, :func:`convert`, :func:`to_stored`, :func:`crd_manifests`, the modules `names` and `labels`,
-and the table in `resources`. Built-in kinds stay plain dicts; RoleBasedGroup is typed in `v1alpha1` and `v1alpha2`.
+and the table in `resources`. Built-in kinds stay plain dicts; RoleBasedGroup is typed in `v1alpha1` and `v1alpha2`,
+LeaderWorkerSet in `lws` (rules: `lws_validation`).
 """
 
 from baton.api.conversion import convert
