@@ -6,6 +6,7 @@ import torch
 from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.decoders import make_decoder, run_steps
 from tests.fakes.models import FAMILIES, hf_model
+from tests.fakes.oracle import assert_logits_close, hf_rounded, oracle_logits
 from transformers import PreTrainedModel
 
 from baton.engine.kernels.native import load_kernels
@@ -45,41 +46,13 @@ def random_tokens(lengths: tuple[int, ...], vocab_size: int = 256) -> list[list[
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
 
 
-def oracle_logits(model: PreTrainedModel, tokens: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """transformers' logits [length, V] in float32, computed in `dtype` with weights rounded as `dtype`."""
-    same = type(model)(model.config).eval()
-    same.load_state_dict(model.state_dict())
-    same = same.to(dtype)
-    with torch.inference_mode():
-        return [same(torch.tensor([ids])).logits[0].float() for ids in tokens]
-
-
-def assert_close(found: torch.Tensor, tokens: list[int], model: PreTrainedModel, kind: str) -> None:
-    if kind == "torch-float32":
-        torch.testing.assert_close(found, oracle_logits(model, [tokens], torch.float32)[0], rtol=2e-4, atol=2e-4)
-        return
-    # bf16: as near to the exact result as transformers' own bf16 is, up to a third.
-    rounded = hf_rounded(model)
-    exact = oracle_logits(rounded, [tokens], torch.float32)[0]
-    allowed = (oracle_logits(rounded, [tokens], torch.bfloat16)[0] - exact).square().mean().sqrt()
-    assert (found - exact).square().mean().sqrt() <= 1.33 * allowed
-    assert (found - exact).abs().max() <= 8 * allowed
-
-
-def hf_rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """The model whose float32 weights are bf16 numbers."""
-    same = type(model)(model.config).eval()
-    same.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
-    return same
-
-
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 def test_logits_are_those_of_transformers(model: PreTrainedModel, kind: str, steps: list[list[Query]]) -> None:
     tokens = random_tokens(LENGTHS)
     sequences = PagedSequences(tokens, page_size=16)
     found = run_steps(make_decoder(kind, model, sequences.num_pages, 16), sequences, steps)
     for seq, logits in found.items():
-        assert_close(logits, tokens[seq], model, kind)
+        assert_logits_close(logits, tokens[seq], model, kind)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
@@ -95,7 +68,7 @@ def test_prefix_pages_of_another_sequence_serve_as_own(kind: str, page_size: int
 
 
 def assert_close_tail(found: torch.Tensor, tokens: list[int], model: PreTrainedModel, kind: str) -> None:
-    """As `assert_close` for the last rows only."""
+    """As `assert_logits_close` for the last rows only."""
     oracle = oracle_logits(hf_rounded(model) if kind != "torch-float32" else model, [tokens], torch.float32)[0]
     tolerance = 2e-4 if kind == "torch-float32" else 0.03
     torch.testing.assert_close(found, oracle[-len(found) :], rtol=tolerance, atol=tolerance)
@@ -121,4 +94,4 @@ def test_scaled_rotary_embeddings(scaling: dict[str, float]) -> None:
     tokens = random_tokens((200,))
     sequences = PagedSequences(tokens, page_size=16)
     found = run_steps(make_decoder("torch-float32", model, sequences.num_pages, 16), sequences, [[Query(0, 0, 200)]])
-    assert_close(found[0], tokens[0], model, "torch-float32")
+    assert_logits_close(found[0], tokens[0], model, "torch-float32")

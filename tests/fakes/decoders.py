@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tests.fakes.batches import PagedSequences, Query
+from tests.fakes.models import checkpoint
 from transformers import PreTrainedModel
 
 from baton.engine.attention.torch_native import TorchAttention
@@ -43,7 +44,7 @@ def make_decoder(
     config = baton_config(model)
     dtype = torch.float32 if kind == "torch-float32" else torch.bfloat16
     pool = nan_pool(config, num_pages, page_size, dtype) if kv is None else kv
-    weights = model.state_dict().items()
+    weights = checkpoint(model)
     if kind == "kernels":
         kernels = load_kernels()
         assert kernels is not None

@@ -1,5 +1,6 @@
 """Small random models in Hugging Face's own classes, saved by transformers: the oracle for loading and arithmetic."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -24,11 +27,26 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
 }
 """Name -> config class, model class, what is special about it."""
+MOE_FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "experts_implementation": "eager",
+        },
+    ),
+}
+"""As FAMILIES; models whose layers have experts."""
 
 
 def hf_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model of 2 layers, hidden size 64, 4 heads over 2 KV heads, 256 tokens; biases are not zero."""
-    config_class, model_class, special = FAMILIES[family]
+    config_class, model_class, special = (FAMILIES | MOE_FAMILIES)[family]
     sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -50,4 +68,24 @@ def hf_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 parameter.normal_(std=0.05)
             elif name.endswith("norm.weight"):
                 parameter.normal_(mean=1.0, std=0.1)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.normal_(std=0.2)  # experts that differ in weight
+            elif ".mlp.experts." in name:
+                parameter.normal_(std=0.1)
     return model
+
+
+def checkpoint(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that `save_pretrained` writes: in memory transformers keeps a layer's experts in one tensor."""
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        if not stem.endswith(".mlp.experts"):
+            yield name, tensor
+            continue
+        for index, expert in enumerate(tensor):
+            if kind == "down_proj":
+                yield f"{stem}.{index}.down_proj.weight", expert
+            else:
+                gate, up = expert.chunk(2)
+                yield f"{stem}.{index}.gate_proj.weight", gate
+                yield f"{stem}.{index}.up_proj.weight", up

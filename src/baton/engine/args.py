@@ -100,7 +100,7 @@ class EngineArgs:
     tp_size: int = flag(1, "tensor-parallel ranks", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
     pp_size: int = flag(1, "pipeline stages", aliases=("--pp", "--pipeline-parallel-size"), minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
     dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
-    ep_size: int = flag(1, "expert-parallel ranks", aliases=("--ep", "--expert-parallel-size"), minimum=1, effect="refused", reason="expert parallelism is not served; with --tp-size every rank computes a part of every layer", accepts=("1",))
+    ep_size: int = flag(1, "parts into which a layer's experts are dealt out over the --tp-size ranks; 1: every rank has a part of every expert", aliases=("--ep", "--expert-parallel-size"), minimum=1)
     load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_ONE_ENGINE)
     dist_init_addr: str | None = flag(None, "HOST:PORT where the ranks meet, on the host of --node-rank 0", aliases=("--nccl-init-addr",))
     nnodes: int = flag(1, "nodes of this worker; only --node-rank 0 serves HTTP, the others at most /health (with --port)", minimum=1)
@@ -225,6 +225,8 @@ def _refusals(args: EngineArgs) -> list[str]:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
     if args.tp_size % args.nnodes:
         problems.append(f"--tp-size {args.tp_size} must be a multiple of --nnodes {args.nnodes}")
+    if args.tp_size % args.ep_size:
+        problems.append(f"--ep-size {args.ep_size} must divide --tp-size {args.tp_size}, whose ranks hold the experts")
     if args.nnodes > 1 and args.dist_init_addr is None:
         problems.append("--nnodes above 1 needs --dist-init-addr HOST:PORT, where the nodes meet")
     if args.dist_init_addr is not None:

@@ -4,9 +4,11 @@ With several ranks they agree on the number of pages before memory is taken, and
 Every "choose" of the flags about model and memory is decided here. Not here: scheduler and transfer (`assemble`).
 """
 
+import logging
+import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ from baton.engine.weights.loader import open_weights
 from baton.engine.weights.names import expected_tensors
 from baton.engine.weights.resolve import resolve_model
 from baton.kvcache.page_memory import PageMemory
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
 DEFAULT_CUDA_MEMORY_SHARE = 0.85
@@ -79,6 +83,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     in_c = computes_in_c(args.own_attention_backend, config, dtype, device)
     shard, ranks_on_host, memory = Shard(), 1, None
     num_ranks = 1 if group is None else group.topology.num_ranks
+    ep_size = choose_ep_size(args, config, num_ranks)
     num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, num_ranks)
     if group is not None:
         facts = {
@@ -87,13 +92,15 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
             "--device": device.type,
             "--attention-backend": "cpu" if in_c else "torch_native",
             "--tp-size": str(args.tp_size),
+            "--ep-size": str(args.ep_size),
             "--nnodes": str(args.nnodes),
             "--page-size": str(page_size),
             "--context-length": str(context_len),
         }
         num_pages = group.agree(facts, num_pages)
         connected = group.connect(device, Pool(num_pages, kv_page_bytes(config, dtype, page_size)), in_c=in_c)
-        shard, ranks_on_host, memory = connected.shard, connected.ranks_on_host, connected.memory
+        shard = replace(connected.shard, ep_size=ep_size)
+        ranks_on_host, memory = connected.ranks_on_host, connected.memory
     if memory is None:
         memory, kv = allocate_kv(config, dtype, device, num_pages, page_size, shard)
         own_kv = kv
@@ -118,6 +125,20 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
         path, config, dtype, device, context_len, page_size, num_pages, shard, memory, kv, runner, fingerprint,
         load_weights_s,
     )  # fmt: skip
+
+
+def choose_ep_size(args: EngineArgs, config: ModelConfig, num_ranks: int) -> int:
+    """--ep-size, or less where fewer ranks run than --tp-size asks for. Raises `ModelError`."""
+    if args.ep_size == 1:
+        return 1
+    if config.experts is None:
+        raise ModelError(f"--ep-size {args.ep_size}: this {config.architecture} has no experts; leave the flag out.")
+    if args.ep_size > config.experts.num_experts:
+        raise ModelError(f"--ep-size {args.ep_size}: the model has {config.experts.num_experts} experts.")
+    ep_size = math.gcd(args.ep_size, num_ranks)
+    if ep_size != args.ep_size:
+        logger.warning("--ep-size %d: %d, since %d rank(s) run", args.ep_size, ep_size, num_ranks)
+    return ep_size
 
 
 def choose_num_pages(

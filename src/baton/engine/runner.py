@@ -170,6 +170,10 @@ def _wants_kernels(attention_backend: str, config: ModelConfig, dtype: torch.dty
         raise ModelError(f"--attention-backend {attention_backend} is unknown; known: {known}.")
     if attention_backend == "torch_native":
         return False
+    if config.experts is not None:
+        if attention_backend == "cpu":
+            raise ModelError("--attention-backend cpu: models with experts are computed by torch.")
+        return False
     even = config.hidden_size % 2 == 0 and config.intermediate_size % 2 == 0
     if even and CpuAttention.supports(dtype, device, config.head_dim):
         return True

@@ -1,6 +1,6 @@
-"""The decoder of Llama, Qwen2 and Qwen3 in torch: any dtype, any device, any attention backend, any shard.
+"""The decoder of Llama, Qwen2, Qwen3 and Qwen3-MoE in torch: any dtype, any device, any attention backend, any shard.
 
-What differs between the three is data: biases and q/k norms are present or not. `decoder_cpu` is the same model in C.
+What differs between them is data: biases, q/k norms and experts (`feed_forward`) are present or not. `decoder_cpu` is the same model in C.
 Over several ranks: one sum for each half layer, and the ranks' columns of embedding and logits put side by side.
 Not here: sampling, which request a row is, KV page bookkeeping.
 
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from baton.engine.attention.base import AttentionBackend
 from baton.engine.batch import ForwardBatch
+from baton.engine.models.feed_forward import DenseFeedForward, ExpertFeedForward
 from baton.engine.models.parameters import iter_parameters
 from baton.engine.models.rotary import rotary_table
-from baton.engine.models.shard import Shard, local_sizes
-from baton.engine.models.spec import ModelConfig
+from baton.engine.models.shard import LocalSizes, Shard, local_sizes
+from baton.engine.models.spec import ExpertsConfig, ModelConfig
 
 
 class HiddenStates(Protocol):
@@ -42,12 +43,9 @@ class _Layer:
     mlp_norm: torch.Tensor
     qkv: torch.Tensor
     out: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    feed_forward: DenseFeedForward | ExpertFeedForward
     qkv_bias: torch.Tensor | None
     out_bias: torch.Tensor | None
-    gate_up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
 
@@ -73,7 +71,7 @@ class TorchDecoder:
         self._embedding = tensors["embedding"]
         self._final_norm = tensors["final_norm"]
         self._head = tensors.get("head.weight", self._embedding)
-        self._layers = [_layer(tensors, f"layers.{index}.") for index in range(config.num_layers)]
+        self._layers = [_layer(config, self._sizes, tensors, index) for index in range(config.num_layers)]
         self._rotary = rotary_table(config, num_positions, device)
 
     @torch.inference_mode()
@@ -86,7 +84,7 @@ class TorchDecoder:
             normed = rms_norm(hidden, layer.attention_norm, self._config.rms_norm_eps)
             hidden = hidden + self._shard.all_reduce(self._attend(index, layer, normed, rotary))
             normed = rms_norm(hidden, layer.mlp_norm, self._config.rms_norm_eps)
-            hidden = hidden + self._shard.all_reduce(_feed_forward(layer, normed))
+            hidden = hidden + self._shard.all_reduce(layer.feed_forward(normed))
         return _TorchHidden(self, hidden)
 
     def _attend(self, index: int, layer: _Layer, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
@@ -142,23 +140,30 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
-def _feed_forward(layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-
-
-def _layer(tensors: dict[str, torch.Tensor], prefix: str) -> _Layer:
+def _layer(config: ModelConfig, sizes: LocalSizes, tensors: dict[str, torch.Tensor], index: int) -> _Layer:
+    prefix = f"layers.{index}."
     return _Layer(
         attention_norm=tensors[f"{prefix}attention_norm"],
         mlp_norm=tensors[f"{prefix}mlp_norm"],
         qkv=tensors[f"{prefix}qkv.weight"],
         out=tensors[f"{prefix}out.weight"],
-        gate_up=tensors[f"{prefix}gate_up.weight"],
-        down=tensors[f"{prefix}down.weight"],
+        feed_forward=_feed_forward(config.experts_of(index), sizes, tensors, prefix),
         qkv_bias=tensors.get(f"{prefix}qkv.bias"),
         out_bias=tensors.get(f"{prefix}out.bias"),
-        gate_up_bias=tensors.get(f"{prefix}gate_up.bias"),
-        down_bias=tensors.get(f"{prefix}down.bias"),
         q_norm=tensors.get(f"{prefix}q_norm"),
         k_norm=tensors.get(f"{prefix}k_norm"),
+    )
+
+
+def _feed_forward(
+    experts: ExpertsConfig | None, sizes: LocalSizes, tensors: dict[str, torch.Tensor], prefix: str
+) -> DenseFeedForward | ExpertFeedForward:
+    if experts is not None:
+        names = ("router.weight", "experts.gate_up.weight", "experts.down.weight")
+        return ExpertFeedForward(experts, sizes, *(tensors[prefix + name] for name in names))
+    return DenseFeedForward(
+        tensors[f"{prefix}gate_up.weight"],
+        tensors[f"{prefix}down.weight"],
+        tensors.get(f"{prefix}gate_up.bias"),
+        tensors.get(f"{prefix}down.bias"),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from baton.engine.errors import bad_model
 from baton.engine.models.rope import parse_rope
-from baton.engine.models.spec import DTYPES, KNOWN_ARCHITECTURES, Architecture, ModelConfig
+from baton.engine.models.spec import DTYPES, KNOWN_ARCHITECTURES, Architecture, ExpertsConfig, ModelConfig
 
 
 def config_from_dict(raw: dict[str, Any], generation: dict[str, Any], file: Path) -> ModelConfig:
@@ -50,10 +50,11 @@ def config_from_dict(raw: dict[str, Any], generation: dict[str, Any], file: Path
         attention_bias=qkv_bias,
         attention_out_bias=out_bias,
         mlp_bias=mlp_bias,
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         eos_token_ids=merge_token_ids((generation.get("eos_token_id"), raw.get("eos_token_id")), file),
         bos_token_id=_first_token_id(generation.get("bos_token_id"), raw.get("bos_token_id")),
         dtype=_dtype(raw, file),
+        experts=_experts(fields, raw, file) if architecture == "Qwen3MoeForCausalLM" else None,
     )
 
 
@@ -129,6 +130,8 @@ def _slides(raw: dict[str, Any], architecture: Architecture) -> bool:
         return raw.get("sliding_window") is not None
     if not raw.get("use_sliding_window", False) or raw.get("sliding_window") is None:
         return False
+    if architecture == "Qwen3MoeForCausalLM":
+        return True
     # Layers from max_window_layers on slide; when the config lists layer_types, that list has been looked at.
     return not raw.get("layer_types") and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 32)
 
@@ -145,6 +148,26 @@ def _biases(raw: dict[str, Any], architecture: Architecture) -> tuple[bool, bool
 def _head_dim(fields: _Fields, architecture: Architecture, hidden_size: int, num_heads: int) -> int:
     """Qwen3's default is 128 whatever the hidden size; the others divide."""
     return fields.count("head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads)
+
+
+def _experts(fields: _Fields, raw: dict[str, Any], file: Path) -> ExpertsConfig | None:
+    """None where no layer has experts."""
+    num_layers = fields.count("num_hidden_layers")
+    step = fields.count("decoder_sparse_step", 1)
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(isinstance(one, bool) or not isinstance(one, int) for one in dense):
+        raise bad_model(file, f"field mlp_only_layers must be a list of layer numbers, got {dense!r}.")
+    normalises = raw.get("norm_topk_prob", False)
+    if not isinstance(normalises, bool):
+        raise bad_model(file, f"field norm_topk_prob must be true or false, got {normalises!r}.")
+    # transformers 5 writes another name than the models were published with.
+    num_experts = fields.count("num_experts" if "num_local_experts" not in raw else "num_local_experts")
+    per_token = fields.count("num_experts_per_tok")
+    if per_token > num_experts:
+        raise bad_model(file, f"field num_experts_per_tok is {per_token}, but there are {num_experts} experts.")
+    size = fields.count("moe_intermediate_size")
+    layers = tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
+    return ExpertsConfig(num_experts, per_token, size, normalises, layers) if layers else None
 
 
 def _first_token_id(*values: Any) -> int | None:

@@ -17,8 +17,8 @@ import torch
 
 from baton.engine.errors import ModelError
 from baton.engine.models.shard import LocalSizes, Shard, local_sizes
-from baton.engine.models.spec import ModelConfig
-from baton.engine.weights.names import expected_tensors, is_ignorable
+from baton.engine.models.spec import ExpertsConfig, ModelConfig
+from baton.engine.weights.names import expected_tensors, expert_modules, is_ignorable
 
 Cut = Literal["inputs", "outputs"]
 
@@ -58,8 +58,12 @@ def plan_parts(config: ModelConfig, shard: Shard, cut: Cut) -> dict[str, tuple[P
     if not is_shared:
         parts["lm_head.weight"] = (head,)
     for layer in range(config.num_layers):
-        found = _layer_parts(config, shard, sizes, cut, f"model.layers.{layer}.", f"layers.{layer}.")
+        source, target = f"model.layers.{layer}.", f"layers.{layer}."
+        experts = config.experts_of(layer)
+        found = _layer_parts(config, shard, sizes, cut, source, target, is_dense=experts is None)
         parts.update({name: (part,) for name, part in found.items()})
+        if experts is not None:
+            parts.update(_expert_parts(config, experts, shard, sizes, cut, source, target))
     return parts
 
 
@@ -132,8 +136,9 @@ def _whole(parameter: str) -> Part:
 
 
 def _layer_parts(
-    config: ModelConfig, shard: Shard, sizes: LocalSizes, cut: Cut, source: str, target: str
+    config: ModelConfig, shard: Shard, sizes: LocalSizes, cut: Cut, source: str, target: str, *, is_dense: bool
 ) -> dict[str, Part]:
+    """Attention and norms; the feed-forward part where it `is_dense`."""
     dim = config.head_dim
     kv_rows = slice(sizes.kv_heads[0] * dim, sizes.kv_heads[1] * dim)
     q_rows = slice(sizes.heads[0] * dim, sizes.heads[1] * dim)
@@ -143,19 +148,20 @@ def _layer_parts(
         "self_attn.q_proj": ("qkv", q_rows, 0, config.attention_bias),
         "self_attn.k_proj": ("qkv", kv_rows, q_count, config.attention_bias),
         "self_attn.v_proj": ("qkv", kv_rows, q_count + kv_count, config.attention_bias),
-        "mlp.gate_proj": ("gate_up", inner, 0, config.mlp_bias),
-        "mlp.up_proj": ("gate_up", inner, inner.stop - inner.start, config.mlp_bias),
     }
+    if is_dense:
+        columns["mlp.gate_proj"] = ("gate_up", inner, 0, config.mlp_bias)
+        columns["mlp.up_proj"] = ("gate_up", inner, inner.stop - inner.start, config.mlp_bias)
     parts: dict[str, Part] = {}
     for module, (name, rows, offset, has_bias) in columns.items():
         parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", rows, None, offset)
         if has_bias:
             parts[f"{source}{module}.bias"] = Part(f"{target}{name}.bias", rows, None, offset)
     own_hidden = slice(*shard.span(config.hidden_size))
-    for module, name, inputs, has_bias in (
-        ("self_attn.o_proj", "out", q_rows, config.attention_out_bias),
-        ("mlp.down_proj", "down", inner, config.mlp_bias),
-    ):
+    outputs = [("self_attn.o_proj", "out", q_rows, config.attention_out_bias)]
+    if is_dense:
+        outputs.append(("mlp.down_proj", "down", inner, config.mlp_bias))
+    for module, name, inputs, has_bias in outputs:
         rows, columns_in = (slice(None), inputs) if cut == "inputs" else (own_hidden, None)
         parts[f"{source}{module}.weight"] = Part(f"{target}{name}.weight", rows, columns_in, 0)
         if has_bias:
@@ -166,4 +172,33 @@ def _layer_parts(
     if config.qk_norm:
         parts[f"{source}self_attn.q_norm.weight"] = _whole(f"{target}q_norm")
         parts[f"{source}self_attn.k_norm.weight"] = _whole(f"{target}k_norm")
+    return parts
+
+
+def _expert_parts(
+    config: ModelConfig,
+    experts: ExpertsConfig,
+    shard: Shard,
+    sizes: LocalSizes,
+    cut: Cut,
+    source: str,
+    target: str,
+) -> dict[str, tuple[Part, ...]]:
+    """The router, whole, and this rank's experts, one below the other: "experts.gate_up.weight" [experts * 2 columns, E] and
+    "experts.down.weight" [experts * E or own columns of E, inputs]. Other ranks' experts go nowhere."""
+    parts: dict[str, tuple[Part, ...]] = {f"{source}mlp.gate.weight": (_whole(f"{target}router.weight"),)}
+    inner, own_hidden = slice(*sizes.expert_inner), slice(*shard.span(config.hidden_size))
+    width = inner.stop - inner.start
+    down_rows, inputs = (slice(None), inner) if cut == "inputs" else (own_hidden, None)
+    down_height = len(range(config.hidden_size)[down_rows])
+    for index, module in enumerate(expert_modules(experts)):
+        place = index - sizes.experts[0]
+        names = [f"{source}{module}.{name}_proj.weight" for name in ("gate", "up", "down")]
+        if not 0 <= place < sizes.experts[1] - sizes.experts[0]:
+            parts.update(dict.fromkeys(names, ()))
+            continue
+        gate_up, down = f"{target}experts.gate_up.weight", f"{target}experts.down.weight"
+        parts[names[0]] = (Part(gate_up, inner, None, 2 * place * width),)
+        parts[names[1]] = (Part(gate_up, inner, None, (2 * place + 1) * width),)
+        parts[names[2]] = (Part(down, down_rows, inputs, place * down_height),)
     return parts

@@ -47,12 +47,16 @@ class Shard:
     collective: Collective | None = None
     exchange: Exchange | None = None
     """For the C decoder, where all ranks share memory."""
+    ep_size: int = 1
+    """Into how many parts a layer's experts are dealt out; the ranks of one part, size / ep_size of them, cut its experts."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank must be in [0, {self.size}), got {self.rank}")
         if self.size > 1 and self.collective is None and self.exchange is None:
             raise ValueError("a shard of several ranks needs a collective or an exchange")
+        if self.size % self.ep_size:
+            raise ValueError(f"{self.size} ranks cannot be dealt into {self.ep_size} parts")
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         return partial if self.collective is None else self.collective.all_reduce(partial)
@@ -63,7 +67,7 @@ class Shard:
 
     def span(self, total: int) -> tuple[int, int]:
         """First and one-behind-last unit of this rank; the ranks' spans follow one another and cover `total`."""
-        return total * self.rank // self.size, total * (self.rank + 1) // self.size
+        return span_of(total, self.rank, self.size)
 
     def borders(self, total: int) -> list[int]:
         """Where the spans of all ranks begin, and `total`."""
@@ -80,6 +84,11 @@ class LocalSizes:
     """The query heads that this rank computes; all of them attend to `kv_heads`."""
     inner: tuple[int, int]
     """Span of the feed-forward size."""
+
+    experts: tuple[int, int] = (0, 0)
+    """First and one-behind-last expert of which this rank computes something."""
+    expert_inner: tuple[int, int] = (0, 0)
+    """Span of each such expert's feed-forward size."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -102,7 +111,28 @@ def local_sizes(config: ModelConfig, shard: Shard) -> LocalSizes:
             "feed-forward columns; use at most as many ranks as there are of either."
         )
     kv_heads, heads = _head_spans(config, shard.rank, shard.size)
-    return LocalSizes(kv_heads, heads, shard.span(config.intermediate_size))
+    experts, expert_inner = _expert_spans(config, shard)
+    return LocalSizes(kv_heads, heads, shard.span(config.intermediate_size), experts, expert_inner)
+
+
+def _expert_spans(config: ModelConfig, shard: Shard) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(experts, columns of each) of a rank."""
+    experts = config.experts
+    if experts is None:
+        return (0, 0), (0, 0)
+    cuts = shard.size // shard.ep_size
+    if shard.ep_size > experts.num_experts or cuts > experts.intermediate_size:
+        raise ModelError(
+            f"{shard.size} ranks with --ep-size {shard.ep_size} cannot share {experts.num_experts} experts of "
+            f"{experts.intermediate_size} feed-forward columns."
+        )
+    part, place = divmod(shard.rank, cuts)
+    return span_of(experts.num_experts, part, shard.ep_size), span_of(experts.intermediate_size, place, cuts)
+
+
+def span_of(total: int, part: int, num_parts: int) -> tuple[int, int]:
+    """First and one-behind-last of part `part` where `total` is cut into `num_parts` parts as even as possible."""
+    return total * part // num_parts, total * (part + 1) // num_parts
 
 
 def head_borders(config: ModelConfig, size: int) -> list[int]:

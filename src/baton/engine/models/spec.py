@@ -8,10 +8,32 @@ from typing import Literal
 
 from baton.engine.models.rope import RopeScaling
 
-Architecture = Literal["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+Architecture = Literal["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
 
-KNOWN_ARCHITECTURES: tuple[Architecture, ...] = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+KNOWN_ARCHITECTURES: tuple[Architecture, ...] = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The mixture of experts of a model: some layers have a router and experts where the others have one feed-forward part.
+
+    Invariant: 1 <= num_experts_per_token <= num_experts.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    """Of one expert."""
+    normalises_weights: bool
+    """The weights of a token's experts are scaled to a sum of 1 (norm_topk_prob)."""
+    layers: tuple[int, ...]
+    """Indices of the layers that have experts, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +70,8 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str
     """The checkpoint's dtype: "bfloat16", "float16" or "float32"."""
+    experts: ExpertsConfig | None = None
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """None: layer `layer` has one feed-forward part."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None

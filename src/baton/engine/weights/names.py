@@ -3,7 +3,7 @@
 Name maps as data, no torch. Weights are (out, in) as `torch.nn.functional.linear` takes them.
 """
 
-from baton.engine.models.spec import ModelConfig
+from baton.engine.models.spec import ExpertsConfig, ModelConfig
 
 _GGUF_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -33,11 +33,16 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
-        shapes.update(_layer_tensors(config, f"model.layers.{layer}."))
+        shapes.update(_layer_tensors(config, config.experts_of(layer), f"model.layers.{layer}."))
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def expert_modules(experts: ExpertsConfig) -> list[str]:
+    """HF names of a layer's experts, in their order."""
+    return [f"mlp.experts.{index}" for index in range(experts.num_experts)]
 
 
 def is_ignorable(name: str, config: ModelConfig) -> bool:
@@ -57,7 +62,7 @@ def hf_name_of_gguf(name: str) -> str | None:
     return f"model.layers.{layer}.{_GGUF_LAYER[module]}.{kind}"
 
 
-def _layer_tensors(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+def _layer_tensors(config: ModelConfig, experts: ExpertsConfig | None, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
     linears = {
@@ -65,10 +70,14 @@ def _layer_tensors(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...
         "self_attn.k_proj": (kv_size, hidden, config.attention_bias),
         "self_attn.v_proj": (kv_size, hidden, config.attention_bias),
         "self_attn.o_proj": (hidden, q_size, config.attention_out_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
+    if experts is not None:
+        linears["mlp.gate"] = (experts.num_experts, hidden, False)
+        inner = experts.intermediate_size
+    for mlp in ["mlp"] if experts is None else expert_modules(experts):
+        linears[f"{mlp}.gate_proj"] = (inner, hidden, config.mlp_bias)
+        linears[f"{mlp}.up_proj"] = (inner, hidden, config.mlp_bias)
+        linears[f"{mlp}.down_proj"] = (hidden, inner, config.mlp_bias)
     shapes: dict[str, tuple[int, ...]] = {
         f"{prefix}input_layernorm.weight": (hidden,),
         f"{prefix}post_attention_layernorm.weight": (hidden,),
