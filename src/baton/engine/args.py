@@ -97,7 +97,7 @@ class EngineArgs:
     watchdog_timeout: float = flag(300.0, "seconds without an answer after which the model process counts as hung", minimum=1)
 
     # Parallelism.
-    tp_size: int = flag(1, "tensor-parallel ranks", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
+    tp_size: int = flag(1, "tensor-parallel ranks: a GPU each; a CPU host is one rank however many it is asked for", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
     pp_size: int = flag(1, "pipeline stages", aliases=("--pp", "--pipeline-parallel-size"), minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
     dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
     ep_size: int = flag(1, "parts into which a layer's experts are dealt out over the --tp-size ranks; 1: every rank has a part of every expert", aliases=("--ep", "--expert-parallel-size"), minimum=1)

@@ -80,7 +80,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
         "rank is ready model=%s dtype=%s device=%s ranks=%d attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
-        model.path, layout.dtype, device, model.shard.size, runner.attention_backend, torch.get_num_threads(), num_pages,
+        model.path, layout.dtype, device, model.shard.size, runner.attention_backend, model.num_threads, num_pages,
         page_size, model.context_len, model.load_weights_s,
     )  # fmt: skip
     note_batch_dependence(runner, layout.dtype, device)

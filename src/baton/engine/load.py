@@ -62,6 +62,7 @@ class LoadedModel:
     runner: ModelRunner
     fingerprint: str
     load_weights_s: float
+    num_threads: int
 
 
 def choose_device(args: EngineArgs, local_rank: int = 0) -> torch.device:
@@ -107,6 +108,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     else:
         kv = kv_from_pages(memory.array, config, dtype, page_size)
         own_kv = kv[:, :, :, slice(*local_sizes(config, shard).kv_heads)]
+    num_threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks_on_host))
     runner = ModelRunner(
         config,
         open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0),
@@ -116,14 +118,14 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
         num_positions=context_len,
         attention_backend=args.own_attention_backend,
         shard=shard,
-        num_threads=max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks_on_host)),
+        num_threads=num_threads,
     )
     load_weights_s = time.monotonic() - started_s
     if group is not None:
         group.finish_loading()
     return LoadedModel(
         path, config, dtype, device, context_len, page_size, num_pages, shard, memory, kv, runner, fingerprint,
-        load_weights_s,
+        load_weights_s, num_threads,
     )  # fmt: skip
 
 
