@@ -75,7 +75,7 @@ def is_given(settings: Any, field: str) -> bool:
     return bool(getattr(settings, field) != default)
 
 
-def _given_against(settings: Any, effects: Collection[Effect]) -> Iterator[tuple[str, Flag]]:
+def _given_against(settings: Any, effects: Collection[str]) -> Iterator[tuple[str, Flag]]:
     """Flags of these effects that were given with another value than those that are fine."""
     for field, one in flags_of(type(settings)).items():
         if one.effect in effects and is_given(settings, field) and str(getattr(settings, field)) not in one.accepts:

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from baton.engine.args import EngineArgs, parse_engine_args
 from baton.engine.distributed.node import run_node
 from baton.engine.server.channel import ChannelAddress
+from baton.engine.server.dialect import Dialect
 from baton.engine.server.main import bind, run_server
+from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.weights.resolve import resolve_model
 from baton.protocol.errors import BatonError
 
@@ -34,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
-def run_worker(args: EngineArgs, argv: Sequence[str]) -> int:
+def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG) -> int:
+    """`argv`: the flags that made `args`, for the rank. Raises `BatonError` or OSError when the worker cannot start."""
     model_path = resolve_model(args.model_path, args.revision)
     http_socket = bind(args.host, args.port)
     bootstrap_socket = None
@@ -55,6 +58,7 @@ def run_worker(args: EngineArgs, argv: Sequence[str]) -> int:
             http_socket=http_socket,
             bootstrap_socket=bootstrap_socket,
             model_path=model_path,
+            dialect=dialect,
         )
     finally:
         # The rank ignores signals that a terminal sends to both: it ends when this process says so.

@@ -5,6 +5,7 @@ Fields that would change an answer and are not served are listed with the reason
 structs whose field order is the JSON key order. Not here: how a request is served (`baton.engine.server`).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -126,6 +127,18 @@ class Usage(msgspec.Struct):
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Usage for the last stream event, where nulls are left out."""
+    found: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "total_tokens": usage.total_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }
+    if usage.prompt_tokens_details is not None:
+        found["prompt_tokens_details"] = usage.prompt_tokens_details
+    return found
 
 
 class TopLogprob(msgspec.Struct):
@@ -252,4 +265,5 @@ class ModelCard(msgspec.Struct):
 
 class ModelList(msgspec.Struct):
     object: Literal["list"]
-    data: list[ModelCard]
+    data: Sequence[Any]
+    """Cards: `ModelCard`, or another dialect's."""

@@ -21,6 +21,7 @@ def chat_prompt(
     template_kwargs: Mapping[str, Any] | None,
     reasoning_effort: str | None,
     continue_final_message: bool,
+    add_generation_prompt: bool = True,
 ) -> str:
     """Prompt text, special tokens included. Raises `RequestError` (400) naming the field that is wrong."""
     converted = [_message(one, index, template.takes_content_parts) for index, one in enumerate(messages)]
@@ -32,7 +33,7 @@ def chat_prompt(
     extra = dict(template_kwargs or {})
     if reasoning_effort is not None:
         extra.setdefault("reasoning_effort", reasoning_effort)
-    return template.render(converted, extra=extra) + prefix
+    return template.render(converted, extra=extra, add_generation_prompt=add_generation_prompt) + prefix
 
 
 def join_keys(*parts: str | None) -> str | None:

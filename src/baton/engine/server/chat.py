@@ -1,12 +1,11 @@
-"""POST /v1/chat/completions in SGLang 0.4.10's shape: messages through the model's template, streamed or not."""
-
-import time
+"""POST /v1/chat/completions: messages through the model's template, streamed or not; the dialect says in which shape."""
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
+from baton.engine.server.dialect import Choice, Head
 from baton.engine.server.generation import Generation, Job
 from baton.engine.server.intake import (
     Hop,
@@ -19,34 +18,19 @@ from baton.engine.server.intake import (
     submits_of,
 )
 from baton.engine.server.openai_common import (
-    chat_logprobs,
     check_model,
     check_top_logprobs,
-    created_of,
     extra_key_of,
     handover_of,
+    head_of,
     refuse_constraints,
     sampling_of,
-    usage_event,
-    usage_object,
     usage_of,
 )
 from baton.engine.server.start import start_job
 from baton.protocol.errors import bad_request
 from baton.protocol.hops import tokens_comment
-from baton.protocol.openai import (
-    IGNORED_FIELDS,
-    REFUSED_FIELDS,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionRequest,
-    ChatLogprobs,
-    ChatMessage,
-    DeltaMessage,
-    UsageChunk,
-)
+from baton.protocol.openai import ChatCompletionRequest, Usage
 from baton.protocol.rank import TokenLogprobs
 from baton.text.messages import chat_prompt
 
@@ -55,7 +39,9 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
     """/v1/chat/completions."""
     need_json_content_type(request)
     raw = await read_object(request)
-    body = parse(ctx, raw, ChatCompletionRequest, REFUSED_FIELDS, IGNORED_FIELDS)
+    body = parse(
+        ctx, ctx.dialect.fields(raw), ChatCompletionRequest, ctx.dialect.refused_fields, ctx.dialect.ignored_fields
+    )
     model = check_model(ctx, body.model)
     _refuse(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -69,7 +55,8 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
     hop = hop_of(request, raw, prompt.sampling.n)
     submits = submits_of(ctx, [prompt], handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
-    writer = ChatWriter(ctx, body, hop, model, request_id, len(prompt.input_ids))
+    head = head_of(ctx, "chat", request_id, hop, model, raw)
+    writer = ChatWriter(ctx, body, hop, head, len(prompt.input_ids))
     stream_interval = ctx.args.stream_interval if body.stream else None
     return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
@@ -110,72 +97,58 @@ class ChatWriter:
     is_openai = True
 
     def __init__(
-        self,
-        ctx: ServerContext,
-        body: ChatCompletionRequest,
-        hop: Hop,
-        model: str,
-        response_id: str,
-        num_prompt_tokens: int,
+        self, ctx: ServerContext, body: ChatCompletionRequest, hop: Hop, head: Head, num_prompt_tokens: int
     ) -> None:
         self._ctx = ctx
+        self._dialect = ctx.dialect
         self._body = body
         self._hop = hop
-        self._model = model
-        self._id = response_id
+        self._head = head
         self._num_prompt_tokens = num_prompt_tokens
-        self._created = created_of(ctx, hop, time.time())
-        self._vocabulary = ctx.tokenizer.vocabulary if ctx.tokenizer else None
         # A resumed stream's client has its roles already.
         self._needs_roles = hop.resume is None
         self._options = body.stream_options
 
     def document(self, job: Job) -> bytes:
-        choices = [
-            ChatChoice(
-                one.index,
-                ChatMessage("assistant", one.text),
-                self._logprobs(one.logprobs),
-                one.finish.type if one.finish else None,
-                one.finish.matched if one.finish else None,
-            )
-            for one in job.generations
-        ]
+        choices = [Choice(one, one.text, self._asked(one.logprobs), one.finish) for one in job.generations]
         usage = usage_of(self._ctx, self._body, job.generations)
-        document = ChatCompletion(self._id, "chat.completion", self._created, self._model, choices, usage)
-        return msgspec.json.encode(document)
+        return msgspec.json.encode(self._dialect.chat_document(self._head, choices, usage))
 
     def events(self, changed: list[Generation]) -> bytes:
         parts: list[bytes] = []
         if self._needs_roles:
             self._needs_roles = False
             for index in range(self._body.n or 1):
-                parts.append(self._event(ChatChunkChoice(index, DeltaMessage("assistant", "")), []))
+                parts.append(self._event(self._dialect.chat_role_chunk(self._head, index), index, []))
         for one in changed:
             if not one.has_text and one.finish is None:
                 continue  # half a character, or what may become a stop string: no event, and its ids wait with it
             delta = one.take()
-            if delta.text or delta.logprobs or (self._hop.wants_token_ids and delta.token_ids):
-                choice = ChatChunkChoice(one.index, DeltaMessage(content=delta.text), self._logprobs(delta.logprobs))
-                parts.append(self._event(choice, delta.token_ids, one))
-            if one.finish is not None:
-                end = ChatChunkChoice(one.index, DeltaMessage(), None, one.finish.type, one.finish.matched)
-                parts.append(self._event(end, [], one))
+            has_news = bool(delta.text or delta.logprobs or (self._hop.wants_token_ids and delta.token_ids))
+            if not has_news and one.finish is None:
+                continue
+            choice = Choice(one, delta.text, self._asked(delta.logprobs), one.finish, has_news)
+            token_ids = delta.token_ids
+            for chunk in self._dialect.chat_chunks(self._head, choice, self._usage(one)):
+                parts.append(self._event(chunk, one.index, token_ids))
+                token_ids = []  # they come with the first
         return b"".join(parts)
 
     def last_events(self, job: Job) -> bytes:
-        if self._options is None or not self._options.include_usage:
+        if not self._dialect.wants_usage(self._options is not None and bool(self._options.include_usage)):
             return b""
-        usage = usage_object(usage_of(self._ctx, self._body, job.generations, self._num_prompt_tokens))
-        return usage_event(UsageChunk(self._id, "chat.completion.chunk", self._created, self._model, [], usage))
+        usage = usage_of(self._ctx, self._body, job.generations, self._num_prompt_tokens)
+        return b"data: " + msgspec.json.encode(self._dialect.usage_chunk(self._head, "chat", usage)) + b"\n\n"
 
-    def _event(self, choice: ChatChunkChoice, token_ids: list[int], one: Generation | None = None) -> bytes:
-        usage = None
-        if one is not None and self._options is not None and self._options.continuous_usage_stats:
-            usage = usage_of(self._ctx, self._body, [one])
-        chunk = ChatChunk(self._id, "chat.completion.chunk", self._created, self._model, [choice], usage)
-        comment = tokens_comment(choice.index, token_ids) if self._hop.wants_token_ids else b""
+    def _usage(self, one: Generation) -> Usage | None:
+        """Of an event."""
+        if self._options is None or not self._options.continuous_usage_stats:
+            return None
+        return usage_of(self._ctx, self._body, [one])
+
+    def _event(self, chunk: object, index: int, token_ids: list[int]) -> bytes:
+        comment = tokens_comment(index, token_ids) if self._hop.wants_token_ids else b""
         return comment + b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
-    def _logprobs(self, positions: list[TokenLogprobs]) -> ChatLogprobs | None:
-        return chat_logprobs(self._vocabulary, positions) if self._body.logprobs else None
+    def _asked(self, positions: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
+        return positions if self._body.logprobs else None

@@ -17,7 +17,7 @@ import msgspec
 from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.channel import ServerChannel
 from baton.engine.server.generation import Generation, Job
-from baton.engine.server.metrics import RequestMetrics
+from baton.engine.server.metrics import RequestObserver
 from baton.protocol.errors import ABORTED_CODE, WORKER_LOST, BatonError, ErrorInfo, RequestError, Stage, bad_request
 from baton.protocol.rank import (
     Abort,
@@ -60,7 +60,7 @@ class EngineClient:
         vocabulary: Vocabulary | None,
         *,
         stage: Stage,
-        metrics: RequestMetrics | None = None,
+        metrics: RequestObserver | None = None,
     ) -> None:
         self._channel = channel
         self._vocabulary = vocabulary
@@ -97,6 +97,11 @@ class EngineClient:
     @property
     def num_in_flight(self) -> int:
         return len(self._jobs)
+
+    @property
+    def num_requests(self) -> int:
+        """HTTP requests in progress."""
+        return len({id(job) for _, job in self._jobs.values()})
 
     def is_in_flight(self, rid: str) -> bool:
         return self._rids[rid] > 0

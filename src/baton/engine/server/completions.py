@@ -1,12 +1,11 @@
 """POST /v1/completions: text or token ids, one prompt or several, echo, log-probabilities, streamed or not."""
 
-import time
-
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
+from baton.engine.server.dialect import Choice, Head
 from baton.engine.server.generation import Generation, Job
 from baton.engine.server.intake import (
     Hop,
@@ -22,28 +21,17 @@ from baton.engine.server.intake import (
 from baton.engine.server.openai_common import (
     check_model,
     check_top_logprobs,
-    completion_logprobs,
-    created_of,
     extra_key_of,
     handover_of,
+    head_of,
     refuse_constraints,
     sampling_of,
-    usage_event,
-    usage_object,
     usage_of,
 )
 from baton.engine.server.start import start_job
 from baton.protocol.errors import bad_request
 from baton.protocol.hops import tokens_comment
-from baton.protocol.openai import (
-    IGNORED_FIELDS,
-    REFUSED_FIELDS,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-    UsageChunk,
-)
+from baton.protocol.openai import CompletionRequest
 from baton.protocol.rank import TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
@@ -54,7 +42,9 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
     """/v1/completions."""
     need_json_content_type(request)
     raw = await read_object(request)
-    body = parse(ctx, raw, CompletionRequest, REFUSED_FIELDS, IGNORED_FIELDS)
+    body = parse(
+        ctx, ctx.dialect.fields(raw), CompletionRequest, ctx.dialect.refused_fields, ctx.dialect.ignored_fields
+    )
     model = check_model(ctx, body.model)
     refuse_constraints(body)
     n = 1 if body.n is None else body.n
@@ -76,7 +66,8 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
     hop = hop_of(request, raw, len(prompts) * sampling.n)
     submits = submits_of(ctx, prompts, handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
-    writer = CompletionWriter(ctx, body, hop, model, request_id, sum(len(one.input_ids) for one in prompts))
+    head = head_of(ctx, "completion", request_id, hop, model, raw)
+    writer = CompletionWriter(ctx, body, hop, head, sum(len(one.input_ids) for one in prompts))
     stream_interval = ctx.args.stream_interval if body.stream else None
     return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
@@ -101,22 +92,14 @@ class CompletionWriter:
     is_openai = True
 
     def __init__(
-        self,
-        ctx: ServerContext,
-        body: CompletionRequest,
-        hop: Hop,
-        model: str,
-        response_id: str,
-        num_prompt_tokens: int,
+        self, ctx: ServerContext, body: CompletionRequest, hop: Hop, head: Head, num_prompt_tokens: int
     ) -> None:
         self._ctx = ctx
+        self._dialect = ctx.dialect
         self._body = body
         self._hop = hop
-        self._model = model
-        self._id = response_id
+        self._head = head
         self._num_prompt_tokens = num_prompt_tokens
-        self._created = created_of(ctx, hop, time.time())
-        self._vocabulary = ctx.tokenizer.vocabulary if ctx.tokenizer else None
         self._options = body.stream_options
         self._num_sent_chars: dict[int, int] = {}
         """Index -> characters of the choice sent so far, the echo included; present once its first event is out."""
@@ -124,11 +107,10 @@ class CompletionWriter:
     def document(self, job: Job) -> bytes:
         choices = []
         for one in job.generations:
-            echo = self._echo(one)
             positions = (one.input_logprobs if self._body.echo else []) + one.logprobs
-            choices.append(self._choice(one, echo + one.text, self._logprobs(positions, 0)))
+            choices.append(Choice(one, self._echo(one) + one.text, self._asked(positions), one.finish))
         usage = usage_of(self._ctx, self._body, job.generations)
-        return msgspec.json.encode(Completion(self._id, "text_completion", self._created, self._model, choices, usage))
+        return msgspec.json.encode(self._dialect.completion_document(self._head, choices, usage))
 
     def events(self, changed: list[Generation]) -> bytes:
         parts: list[bytes] = []
@@ -145,27 +127,21 @@ class CompletionWriter:
                 else:
                     sent = len(echo) + len(one.text) - len(text)
             self._num_sent_chars[one.index] = sent + len(text)
-            choice = self._choice(one, text, self._logprobs(positions, sent))
+            choice = Choice(one, text, self._asked(positions), one.finish, text_offset=sent)
             if self._hop.wants_token_ids:
                 parts.append(tokens_comment(one.index, delta.token_ids))
             usage = None
             if self._options is not None and self._options.continuous_usage_stats:
                 usage = usage_of(self._ctx, self._body, [one])
-            chunk = Completion(self._id, "text_completion", self._created, self._model, [choice], usage)
+            chunk = self._dialect.completion_chunk(self._head, choice, usage)
             parts += (b"data: ", msgspec.json.encode(chunk), b"\n\n")
         return b"".join(parts)
 
     def last_events(self, job: Job) -> bytes:
-        if self._options is None or not self._options.include_usage:
+        if not self._dialect.wants_usage(self._options is not None and bool(self._options.include_usage)):
             return b""
-        usage = usage_object(usage_of(self._ctx, self._body, job.generations, self._num_prompt_tokens))
-        return usage_event(UsageChunk(self._id, "text_completion", self._created, self._model, [], usage))
-
-    def _choice(self, one: Generation, text: str, logprobs: CompletionLogprobs | None) -> CompletionChoice:
-        finish = one.finish
-        return CompletionChoice(
-            one.index, text, logprobs, finish.type if finish else None, finish.matched if finish else None
-        )
+        usage = usage_of(self._ctx, self._body, job.generations, self._num_prompt_tokens)
+        return b"data: " + msgspec.json.encode(self._dialect.usage_chunk(self._head, "completion", usage)) + b"\n\n"
 
     def _echo(self, one: Generation) -> str:
         if not self._body.echo or self._ctx.tokenizer is None:
@@ -175,7 +151,5 @@ class CompletionWriter:
         given = self._body.prompt[one.index // (self._body.n or 1)]
         return given if isinstance(given, str) else self._ctx.tokenizer.decode(one.submit.input_ids)
 
-    def _logprobs(self, positions: list[TokenLogprobs], first_offset: int) -> CompletionLogprobs | None:
-        if self._body.logprobs is None:
-            return None
-        return completion_logprobs(self._vocabulary, positions, first_offset)
+    def _asked(self, positions: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
+        return None if self._body.logprobs is None else positions

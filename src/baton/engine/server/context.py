@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry
 
 from baton.engine.args import EngineArgs
 from baton.engine.server.client import EngineClient
-from baton.engine.server.metrics import SchedulerMetrics
+from baton.engine.server.dialect import Dialect
+from baton.engine.server.metrics import StateCollector
+from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer
 from baton.protocol.errors import Stage, bad_request
 from baton.protocol.rank import Ready
@@ -31,7 +33,7 @@ class ServerContext:
     """None with --skip-tokenizer-init."""
     chat_template: ChatTemplate | None
     registry: CollectorRegistry
-    scheduler_metrics: SchedulerMetrics
+    scheduler_metrics: StateCollector
     created: int = field(default_factory=lambda: int(time.time()))
     is_warm: bool = False
     is_stopping: bool = False
@@ -39,6 +41,7 @@ class ServerContext:
     """Request field nobody knows -> how often it came."""
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     """Of the OpenAI routes, under SamplingParams' names."""
+    dialect: Dialect = SGLANG
 
     @property
     def stage(self) -> Stage:

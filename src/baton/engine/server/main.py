@@ -27,8 +27,9 @@ from baton.engine.server.app import build_app
 from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient, RankLostError
 from baton.engine.server.context import ServerContext, stage_of
+from baton.engine.server.dialect import Dialect
 from baton.engine.server.edge import LimitedHttpProtocol
-from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
+from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
 from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready, Submit
@@ -69,6 +70,7 @@ def run_server(
     http_socket: socket.socket,
     bootstrap_socket: socket.socket | None = None,
     model_path: Path | None = None,
+    dialect: Dialect = SGLANG,
 ) -> int:
     """Serve until SIGTERM, SIGINT or the rank's end. Returns the exit status: 0 after a signal, 1 after a failure.
 
@@ -77,7 +79,8 @@ def run_server(
     if bootstrap_socket is not None:
         # Connections queue from now on: the rank may register before the server has started.
         bootstrap_socket.listen()
-    worker = Worker(args, address, rank_pids, http_socket, bootstrap_socket, model_path or Path(args.model_path))
+    model_path = model_path or Path(args.model_path)
+    worker = Worker(args, address, rank_pids, http_socket, bootstrap_socket, model_path, dialect)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(worker.run())
 
@@ -126,8 +129,10 @@ class Worker:
         http_socket: socket.socket,
         bootstrap_socket: socket.socket | None,
         model_path: Path,
+        dialect: Dialect,
     ) -> None:
         self._args = args
+        self._dialect = dialect
         self._rank_pids = rank_pids
         self._http_socket = http_socket
         self._bootstrap_socket = bootstrap_socket
@@ -180,14 +185,7 @@ class Worker:
     def _client(self, tokenizer: TextTokenizer | None) -> EngineClient:
         metrics = None
         if self._args.enable_metrics:
-            metrics = RequestMetrics(
-                self._args.name,
-                self._registry,
-                ttft_buckets=self._args.bucket_time_to_first_token,
-                itl_buckets=self._args.bucket_inter_token_latency,
-                e2e_buckets=self._args.bucket_e2e_request_latency,
-                with_token_histograms=self._args.collect_tokens_histogram,
-            )
+            metrics = self._dialect.request_metrics(self._args, self._registry)
         stage = stage_of(self._args.disaggregation_mode)
         return EngineClient(self._channel, tokenizer.vocabulary if tokenizer else None, stage=stage, metrics=metrics)
 
@@ -212,8 +210,9 @@ class Worker:
             client=client,
             tokenizer=tokenizer,
             chat_template=chat_template(self._args, tokenizer),
+            dialect=self._dialect,
             registry=self._registry,
-            scheduler_metrics=SchedulerMetrics(self._args.name, ready, startup_s, self._registry),
+            scheduler_metrics=self._dialect.scheduler_metrics(self._args, ready, startup_s, self._registry),
             sampling_defaults=tokenizer.sampling_defaults
             if tokenizer and self._args.sampling_defaults == "model"
             else {},

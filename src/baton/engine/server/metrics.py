@@ -7,6 +7,7 @@ of either work.
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -67,6 +68,21 @@ TOKEN_BUCKETS = (
     20000,
 )
 RETRACTION_BUCKETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 25, 30, 40, 50, 75, 100)
+
+
+class RequestObserver(Protocol):
+    """What counts requests as they pass."""
+
+    def on_tokens(self, generation: Generation, num_new_tokens: int, last_token_at: float | None) -> None:
+        """A step gave `num_new_tokens`; `last_token_at` is when the sequence got a token before."""
+
+    def on_finish(self, generation: Generation) -> None: ...
+
+
+class StateCollector(Protocol):
+    """What shows the scheduler's state at a scrape."""
+
+    state: SchedulerState
 
 
 class RequestMetrics:

@@ -1,27 +1,21 @@
 """What both OpenAI routes share: the model's name, sampling with its defaults, usage, log-probabilities."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import msgspec
-
-from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.context import ServerContext
+from baton.engine.server.dialect import Head, Kind
 from baton.engine.server.generation import Generation, cached_details
 from baton.engine.server.intake import Handover, Hop, join_keys
 from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.openai import (
     MAX_TOP_LOGPROBS,
     ChatCompletionRequest,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    CompletionLogprobs,
     CompletionRequest,
     PromptTokensDetails,
-    TopLogprob,
     Usage,
-    UsageChunk,
 )
-from baton.protocol.rank import TokenLogprobs
 from baton.protocol.sampling import SamplingParams
 
 OpenAIRequest = ChatCompletionRequest | CompletionRequest
@@ -34,13 +28,14 @@ _WITH_MODEL_DEFAULT = ("temperature", "top_p", "top_k", "min_p", "repetition_pen
 
 
 def check_model(ctx: ServerContext, model: str | None) -> str:
-    """The name to answer with. Raises `RequestError` (404) for another model than ours; a trailing slash is no difference."""
-    if model is None:
-        return ctx.args.name
-    if model.rstrip("/") != ctx.args.name.rstrip("/"):
-        message = f"The model `{model}` does not exist. This worker serves `{ctx.args.name}`."
+    """The name to answer with. Raises `RequestError` (404) for another model than ours."""
+    served = ctx.dialect.served_model(ctx.args, model)
+    if served is None:
+        message = (
+            f"The model `{model}` does not exist. This worker serves `{ctx.dialect.served_model(ctx.args, None)}`."
+        )
         raise RequestError(ErrorInfo("NotFoundError", 404, message, ctx.stage, param="model"))
-    return model
+    return served
 
 
 def refuse_constraints(body: OpenAIRequest) -> None:
@@ -80,9 +75,11 @@ def check_top_logprobs(num: int, field: str) -> int:
     return num
 
 
-def created_of(ctx: ServerContext, hop: Hop, now_s: float) -> int:
-    """`created` of a response; a resumed stream keeps its first one."""
-    return int(now_s) if hop.resume is None or hop.resume.created is None else hop.resume.created
+def head_of(ctx: ServerContext, kind: Kind, request_id: str, hop: Hop, model: str, raw: Mapping[str, Any]) -> Head:
+    """`raw`: the body as it came. A resumed stream keeps its first `created`."""
+    created = int(time.time()) if hop.resume is None or hop.resume.created is None else hop.resume.created
+    vocabulary = ctx.dialect.logprob_vocabulary(raw, ctx.tokenizer.vocabulary if ctx.tokenizer else None)
+    return Head(ctx.dialect.response_id(kind, request_id), created, model, vocabulary)
 
 
 def usage_of(
@@ -108,61 +105,3 @@ def usage_of(
         PromptTokensDetails(cached, cached_details(prompts, is_wanted=ctx.args.has_tiers)) if reports_cache else None
     )
     return Usage(prompt, prompt + completion, completion, details)
-
-
-def usage_event(chunk: UsageChunk) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-
-
-def usage_object(usage: Usage) -> dict[str, object]:
-    """Usage for the last stream event, where nulls are left out."""
-    found: dict[str, object] = {
-        "prompt_tokens": usage.prompt_tokens,
-        "total_tokens": usage.total_tokens,
-        "completion_tokens": usage.completion_tokens,
-    }
-    if usage.prompt_tokens_details is not None:
-        found["prompt_tokens_details"] = usage.prompt_tokens_details
-    return found
-
-
-def chat_logprobs(vocabulary: Vocabulary | None, positions: Sequence[TokenLogprobs]) -> ChatLogprobs:
-    return ChatLogprobs(
-        [
-            ChatTokenLogprob(
-                _text(vocabulary, one.token_id),
-                _bytes(vocabulary, one.token_id),
-                one.logprob if one.logprob is not None else 0.0,
-                [
-                    TopLogprob(_text(vocabulary, token), _bytes(vocabulary, token), logprob)
-                    for token, logprob in one.top
-                ],
-            )
-            for one in positions
-        ]
-    )
-
-
-def completion_logprobs(
-    vocabulary: Vocabulary | None, positions: Sequence[TokenLogprobs], first_offset: int
-) -> CompletionLogprobs:
-    """`first_offset` is the first token's place in the text, in characters."""
-    logprobs = CompletionLogprobs([], [], [], [])
-    offset = first_offset
-    for one in positions:
-        token = _text(vocabulary, one.token_id)
-        logprobs.text_offset.append(offset)
-        logprobs.token_logprobs.append(one.logprob)
-        logprobs.tokens.append(token)
-        top = None if one.logprob is None else {_text(vocabulary, other): logprob for other, logprob in one.top}
-        logprobs.top_logprobs.append(top)
-        offset += len(token)
-    return logprobs
-
-
-def _text(vocabulary: Vocabulary | None, token_id: int) -> str:
-    return f"token_id:{token_id}" if vocabulary is None else vocabulary.token_text(token_id)
-
-
-def _bytes(vocabulary: Vocabulary | None, token_id: int) -> list[int]:
-    return [] if vocabulary is None else list(vocabulary.logprob_bytes(token_id))

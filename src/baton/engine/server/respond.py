@@ -14,10 +14,11 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from baton.engine.server.dialect import Dialect
 from baton.engine.server.generation import Generation, Job
+from baton.engine.server.sglang_dialect import info_object
 from baton.protocol.errors import ErrorInfo, Stage
 from baton.protocol.hops import REQUEST_ID_HEADER, RETRYABLE_HEADER, STAGE_HEADER
-from baton.protocol.openai import OpenAIError
 
 logger = logging.getLogger(__name__)
 
@@ -43,38 +44,34 @@ class Writer(Protocol):
         ...
 
 
-def error_body(info: ErrorInfo, *, is_openai: bool) -> bytes:
-    if is_openai:
-        return msgspec.json.encode(OpenAIError("error", info.message, info.type, info.param, info.code))
-    return msgspec.json.encode({"error": _error_object(info)})
-
-
 def error_event(info: ErrorInfo) -> bytes:
     """An error inside a stream that has begun, on every route."""
-    return b"data: " + msgspec.json.encode({"error": {"object": "error", **_error_object(info)}}) + b"\n\n"
+    return b"data: " + msgspec.json.encode({"error": {"object": "error", **info_object(info)}}) + b"\n\n"
 
 
-def _error_object(info: ErrorInfo) -> dict[str, object]:
-    return {
-        "message": info.message, "type": info.type, "param": info.param, "code": info.code,
-        "stage": info.stage, "request_id": info.request_id, "retryable": info.retryable,
-    }  # fmt: skip
-
-
-def error_response(info: ErrorInfo, *, is_openai: bool) -> Response:
+def error_response(dialect: Dialect, info: ErrorInfo, *, is_openai: bool) -> Response:
     headers = {STAGE_HEADER: info.stage, RETRYABLE_HEADER: "1" if info.retryable else "0"}
     if info.request_id is not None:
         headers[REQUEST_ID_HEADER] = info.request_id
-    return Response(error_body(info, is_openai=is_openai), info.code, headers, "application/json")
+    body = msgspec.json.encode(dialect.error(info, is_openai=is_openai))
+    return Response(body, info.code, headers, "application/json")
 
 
 class JobResponse(Response):
     """Answers with a job's outcome. `job.stream_interval` says whether as a stream."""
 
     def __init__(
-        self, job: Job, writer: Writer, *, request_id: str, stage: Stage, on_end: Callable[[Job], None] | None = None
+        self,
+        job: Job,
+        writer: Writer,
+        dialect: Dialect,
+        *,
+        request_id: str,
+        stage: Stage,
+        on_end: Callable[[Job], None] | None = None,
     ) -> None:
         self._on_end = on_end
+        self._dialect = dialect
         self._job = job
         self._writer = writer
         self._request_id = request_id
@@ -140,7 +137,7 @@ class JobResponse(Response):
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self._job.error is not None
-        response = error_response(self._named(self._job.error), is_openai=self._writer.is_openai)
+        response = error_response(self._dialect, self._named(self._job.error), is_openai=self._writer.is_openai)
         await response(scope, receive, send)
 
     def _named(self, error: ErrorInfo) -> ErrorInfo:

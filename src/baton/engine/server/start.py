@@ -28,11 +28,13 @@ def start_job(
     """Submit what has not finished (None: it has) and answer with `writer`. `stream_interval` None: one document."""
     job = ctx.client.submit(submits, stream_interval=stream_interval)
     if not ctx.args.log_requests:
-        return JobResponse(job, writer, request_id=request_id, stage=ctx.stage)
+        return JobResponse(job, writer, ctx.dialect, request_id=request_id, stage=ctx.stage)
     for one in submits:
         if one is not None:
             log_submit(ctx, one)
-    return JobResponse(job, writer, request_id=request_id, stage=ctx.stage, on_end=partial(log_finish, ctx))
+    return JobResponse(
+        job, writer, ctx.dialect, request_id=request_id, stage=ctx.stage, on_end=partial(log_finish, ctx)
+    )
 
 
 def log_submit(ctx: ServerContext, submit: Submit) -> None:

@@ -100,7 +100,7 @@ class VllmArgs:
     enable_log_requests: bool = flag(False, "log every request")
     disable_log_requests: bool = flag(False, "do not log requests", effect="no effect", reason="they are logged with --enable-log-requests only")
     max_log_len: int | None = flag(None, "characters of a logged prompt", kind=int, effect="not served", reason="2048 are shown")
-    disable_log_stats: bool = flag(False, "no metrics of the engine at /metrics")
+    disable_log_stats: bool = flag(False, "no /metrics")
     uvicorn_log_level: str = flag("info", "of the access log", choices=("debug", "info", "warning", "error", "critical", "trace"))
     disable_uvicorn_access_log: bool = flag(False, "no access log")
     disable_fastapi_docs: bool = flag(False, "no /docs", effect="no effect", reason="there is no such page")
@@ -290,7 +290,7 @@ def engine_flags(args: VllmArgs, api_key: str | None = None) -> list[str]:
     if args.nnodes > 1:
         found["dist_init_addr"] = f"{args.master_addr}:{args.master_port}"
     found["log_level_http"] = _access_log_level(args)
-    found["enable_metrics"] = True
+    found["enable_metrics"] = not args.disable_log_stats
     if api_key is not None:
         found["api_key"] = api_key
     return list(_spelled(found))

@@ -17,6 +17,7 @@ import baton
 from baton.engine.args import engine_args
 from baton.engine.flags import effect_notes
 from baton.engine.launch import run_worker
+from baton.engine.server.vllm_dialect import VllmDialect
 from baton.engine.vllm.args import VllmArgs, engine_flags, parse_vllm_args
 from baton.engine.vllm.cluster import ClusterError, Ended, Lead, Line, Message, Nodes, Start, known_head, own_host
 from baton.protocol.errors import BatonError
@@ -58,10 +59,21 @@ def api_server_main(argv: Sequence[str]) -> int:
 
             return run_node(engine_args(flags), flags)
         flags += gather(args, flags)
-        return run_worker(engine_args(flags), flags)
+        return run_worker(engine_args(flags), flags, dialect_of(args))
     except (BatonError, OSError) as error:
         logger.error("the server cannot start: %s", error)
         return 1
+
+
+def dialect_of(args: VllmArgs) -> VllmDialect:
+    return VllmDialect(
+        served_names=args.names,
+        response_role=args.response_role,
+        max_logprobs=args.max_logprobs,
+        tokens_as_token_ids=args.return_tokens_as_token_ids,
+        always_usage=args.enable_force_include_usage,
+        tracks_load=args.enable_server_load_tracking,
+    )
 
 
 def notes(args: VllmArgs) -> list[str]:
