@@ -167,13 +167,13 @@ def measure_rows(model: Path, shape: Shape) -> list[tuple[Row, Result]]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown; the last row beside the first one."""
     lines = [
-        "| | hit rate | ideal LRU | mean TTFT | P90 TTFT | input tokens/s |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| | hit rate | ideal LRU | mean TTFT | P90 TTFT | input tokens/s | worker's CPU time |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         lines.append(
             f"| {row.name} | {row.hit_rate:.1%} | {row.lru_hit_rate:.1%} | {row.ttft_mean_s:.2f} s | {row.ttft_p90_s:.2f} s "
-            f"| {row.input_tokens_per_s:.0f} |"
+            f"| {row.input_tokens_per_s:.0f} | {row.cpu_s:.0f} s |"
         )
     first, last = rows[0], rows[-1]
     equal = len({row.output_hash for row in rows}) == 1

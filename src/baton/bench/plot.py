@@ -35,7 +35,9 @@ def plot_rounds(runs: Mapping[str, Sequence[RoundSummary]], path: Path, *, ceili
         for axes in (rates, times):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-        rates.legend(frameon=False, fontsize=8)
+            axes.set_xticks(range(1, 1 + max(len(rounds) for rounds in runs.values())))
+        # There, and not beside the rates, since times begin low.
+        times.legend(*rates.get_legend_handles_labels(), loc="upper left", frameon=False, fontsize=8)
         try:
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
