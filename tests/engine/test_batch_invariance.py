@@ -19,8 +19,8 @@ LENGTHS = (300, 1, 133, 64, 129)
 
 
 @functools.cache
-def model() -> PreTrainedModel:
-    return hf_model("qwen3", num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
+def model(family: str) -> PreTrainedModel:
+    return hf_model(family, num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
 
 
 @functools.cache
@@ -30,10 +30,10 @@ def tokens() -> list[list[int]]:
 
 
 @functools.cache
-def reference() -> dict[int, torch.Tensor]:
+def reference(family: str) -> dict[int, torch.Tensor]:
     """Each sequence alone, in one prefill, on one thread, with pages of 16."""
     sequences = PagedSequences(tokens(), 16)
-    decoder = make_decoder("kernels", model(), sequences.num_pages, 16)
+    decoder = make_decoder("kernels", model(family), sequences.num_pages, 16)
     return run_steps(decoder, sequences, [[Query(seq, 0, length)] for seq, length in enumerate(LENGTHS)])
 
 
@@ -62,13 +62,16 @@ def schedules(draw: st.DrawFn) -> list[list[Query]]:
     return steps
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(steps=schedules(), page_size=st.sampled_from((1, 3, 16, 64)), num_threads=st.integers(1, 3))
-def test_logits_do_not_depend_on_the_batch(steps: list[list[Query]], page_size: int, num_threads: int) -> None:
+def test_logits_do_not_depend_on_the_batch(
+    family: str, steps: list[list[Query]], page_size: int, num_threads: int
+) -> None:
     sequences = PagedSequences(tokens(), page_size)
-    decoder = make_decoder("kernels", model(), sequences.num_pages, page_size, num_threads=num_threads)
+    decoder = make_decoder("kernels", model(family), sequences.num_pages, page_size, num_threads=num_threads)
     found = run_steps(decoder, sequences, steps)
-    for seq, expected in reference().items():
+    for seq, expected in reference(family).items():
         assert torch.equal(found[seq], expected), f"sequence {seq} differs"
 
 
@@ -76,8 +79,10 @@ def test_a_cached_prefix_gives_the_bits_of_a_computed_one() -> None:
     first = tokens()[0]
     second = first[:256] + tokens()[2]
     alone = PagedSequences([second], 16)
-    expected = run_steps(make_decoder("kernels", model(), alone.num_pages, 16), alone, [[Query(0, 0, len(second))]])[0]
+    expected = run_steps(
+        make_decoder("kernels", model("qwen3"), alone.num_pages, 16), alone, [[Query(0, 0, len(second))]]
+    )[0]
     shared = PagedSequences([first, second], 16, shared={1: (0, 16)})
-    decoder = make_decoder("kernels", model(), shared.num_pages, 16, num_threads=2)
+    decoder = make_decoder("kernels", model("qwen3"), shared.num_pages, 16, num_threads=2)
     found = run_steps(decoder, shared, [[Query(0, 0, 300)], [Query(1, 256, len(second))]])[1]
     assert torch.equal(found, expected[256:])

@@ -18,9 +18,11 @@ from baton.engine.args import engine_args
 from baton.engine.attention.torch_native import TorchAttention
 from baton.engine.errors import ModelError
 from baton.engine.flags import FlagError
+from baton.engine.kernels.native import load_kernels
 from baton.engine.load import load_model
 from baton.engine.models.config import load_config
-from baton.engine.models.decoder import TorchDecoder
+from baton.engine.models.decoder import Decoder, TorchDecoder
+from baton.engine.models.decoder_cpu import CpuDecoder
 from baton.engine.models.hf_config import config_from_dict
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
@@ -35,6 +37,7 @@ STEPS = {
         *([Query(0, 37 + done, 38 + done), Query(2, 20 + done, 21 + done)] for done in range(3)),
     ],
 }
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C kernels on this machine")
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "weights that are not normalised": {"norm_topk_prob": False, "num_experts_per_tok": 1},
@@ -48,7 +51,7 @@ def random_tokens() -> list[list[int]]:
     return [rng.integers(0, 256, length).tolist() for length in LENGTHS]
 
 
-@pytest.mark.parametrize("kind", ["torch-float32", "torch-bfloat16"])
+@pytest.mark.parametrize("kind", ["torch-float32", "torch-bfloat16", pytest.param("kernels", marks=needs_kernels)])
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_are_those_of_transformers(changes: dict[str, Any], steps: list[list[Query]], kind: str) -> None:
@@ -74,34 +77,52 @@ def error_of_tokens(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return (found - exact).square().mean(dim=-1).sqrt()
 
 
-def rank_decoder(model: PreTrainedModel, shard: Shard, num_pages: int) -> TorchDecoder:
+def make_rank(model: PreTrainedModel, shard: Shard, dtype: torch.dtype, num_pages: int) -> Decoder:
     config = baton_config(model)
-    pages = np.zeros((num_pages, kv_page_bytes(config, torch.float32, 16, shard)), np.uint8)
-    attention = TorchAttention(kv_from_pages(pages, config, torch.float32, 16, shard))
+    pages = np.zeros((num_pages, kv_page_bytes(config, dtype, 16, shard)), np.uint8)
+    kv = kv_from_pages(pages, config, dtype, 16, shard)
+    kernels = load_kernels()
+    if dtype == torch.bfloat16 and kernels is not None:
+        return CpuDecoder(
+            config, checkpoint(model), kernels=kernels, kv=kv, num_positions=512, num_threads=1, shard=shard
+        )
     return TorchDecoder(
         config,
         checkpoint(model),
-        attention=attention,
+        attention=TorchAttention(kv),
         num_positions=512,
-        dtype=torch.float32,
+        dtype=dtype,
         device=CPU,
         shard=shard,
     )
 
 
-@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 2), (3, 1)])
-def test_ranks_together_are_one_model(size: int, ep_size: int) -> None:
+def ranks_and_one(size: int, ep_size: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Logits of each of the ranks, and of a single one."""
     model = hf_model("qwen3-moe", mlp_only_layers=[0])
     sequences = PagedSequences([np.random.default_rng(0).integers(0, 256, 50).tolist()], 16)
-    batch, rows = sequences.batch([Query(0, 0, 50)]), np.arange(50)
-    expected = make_decoder("torch-float32", model, sequences.num_pages, 16).forward(batch).logits(rows)
+    steps = [[Query(0, 0, 49)], [Query(0, 49, 50)]]  # a single token leaves some ranks without experts
 
     def run(shard: Shard) -> torch.Tensor:
-        return rank_decoder(model, replace(shard, ep_size=ep_size), sequences.num_pages).forward(batch).logits(rows)
+        decoder = make_rank(model, replace(shard, ep_size=min(ep_size, shard.size)), dtype, sequences.num_pages)
+        return run_steps(decoder, sequences, steps)[0]
 
-    for logits in ThreadRanks[torch.Tensor](size).run(run):
+    return ThreadRanks[torch.Tensor](size).run(run), run(Shard())
+
+
+@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 2), (3, 1)])
+def test_ranks_together_are_one_model(size: int, ep_size: int) -> None:
+    of_ranks, expected = ranks_and_one(size, ep_size, torch.float32)
+    for logits in of_ranks:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 4), (3, 1)])
+def test_ranks_in_c_give_the_bits_of_one(size: int, ep_size: int) -> None:
+    of_ranks, expected = ranks_and_one(size, ep_size, torch.bfloat16)
+    assert all(torch.equal(logits, expected) for logits in of_ranks)
 
 
 @pytest.mark.parametrize(("size", "ep_size"), [(4, 1), (4, 2), (3, 3), (8, 8)])

@@ -81,10 +81,10 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     context_len = args.context_length or config.max_position_embeddings
     page_size = args.page_size or DEFAULT_PAGE_SIZE
     fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
-    in_c = computes_in_c(args.own_attention_backend, config, dtype, device)
     shard, ranks_on_host, memory = Shard(), 1, None
     num_ranks = 1 if group is None else group.topology.num_ranks
     ep_size = choose_ep_size(args, config, num_ranks)
+    in_c = computes_in_c(args.own_attention_backend, config, dtype, device, num_ranks, ep_size)
     num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, num_ranks)
     if group is not None:
         facts = {

@@ -81,7 +81,11 @@ class ModelRunner:
         shard = shard or Shard()
         positions = num_positions or config.max_position_embeddings
         self._sampler = Sampler()
-        kernels = load_kernels() if computes_in_c(attention_backend, config, dtype, device) else None
+        kernels = (
+            load_kernels()
+            if computes_in_c(attention_backend, config, dtype, device, shard.size, shard.ep_size)
+            else None
+        )
         self.is_batch_invariant = kernels is not None
         """Each token's logits are the same bits whatever is computed beside it and however its prompt was cut."""
         self.attention_backend = "cpu" if kernels is not None else TorchAttention.name
@@ -153,9 +157,11 @@ def logit_rows(batch: ForwardBatch) -> list[NDArray[np.int64]]:
     return calls
 
 
-def computes_in_c(attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def computes_in_c(
+    attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, num_ranks: int, ep_size: int
+) -> bool:
     """Whether a model is computed by the C kernels. Raises `ModelError` where they were asked for and cannot."""
-    if not _wants_kernels(attention_backend, config, dtype, device):
+    if not _wants_kernels(attention_backend, config, dtype, device, num_ranks, ep_size):
         return False
     if load_kernels() is not None:
         return True
@@ -164,17 +170,22 @@ def computes_in_c(attention_backend: str, config: ModelConfig, dtype: torch.dtyp
     return False
 
 
-def _wants_kernels(attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def _wants_kernels(
+    attention_backend: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, num_ranks: int, ep_size: int
+) -> bool:
     if attention_backend not in ATTENTION_BACKENDS:
         known = ", ".join(ATTENTION_BACKENDS)
         raise ModelError(f"--attention-backend {attention_backend} is unknown; known: {known}.")
     if attention_backend == "torch_native":
         return False
-    if config.experts is not None:
+    if ep_size not in (1, num_ranks):
         if attention_backend == "cpu":
-            raise ModelError("--attention-backend cpu: models with experts are computed by torch.")
+            raise ModelError(f"--attention-backend cpu needs an --ep-size of 1 or {num_ranks}, got {ep_size}.")
         return False
-    even = config.hidden_size % 2 == 0 and config.intermediate_size % 2 == 0
+    widths = [config.hidden_size, config.intermediate_size]
+    if config.experts is not None:
+        widths.append(config.experts.intermediate_size)
+    even = all(width % 2 == 0 for width in widths)
     if even and CpuAttention.supports(dtype, device, config.head_dim):
         return True
     if attention_backend == "cpu":

@@ -56,12 +56,29 @@ class BatchStruct(Structure):
     )
 
 
+class ExpertLayerStruct(Structure):
+    _fields_ = (("router", LinearStruct), ("gate_up", POINTER(LinearStruct)), ("down", POINTER(LinearStruct)))
+
+
+class ExpertsStruct(Structure):
+    _fields_ = (
+        ("num_experts", c_int64),
+        ("per_token", c_int64),
+        ("inner", c_int64),
+        ("first", c_int64),
+        ("last", c_int64),
+        ("normalises", c_int64),
+        ("is_dealt", c_int64),
+    )
+
+
 class LayerStruct(Structure):
     _fields_ = (
         ("qkv", LinearStruct),
         ("out", LinearStruct),
         ("gate_up", LinearStruct),
         ("down", LinearStruct),
+        ("experts", ExpertLayerStruct),
         ("attention_norm", c_void_p),
         ("mlp_norm", c_void_p),
         ("q_norm", c_void_p),
@@ -70,7 +87,13 @@ class LayerStruct(Structure):
 
 
 class FirstColumnsStruct(Structure):
-    _fields_ = (("delta", c_int64), ("attended", c_int64), ("activated", c_int64), ("logits", c_int64))
+    _fields_ = (
+        ("delta", c_int64),
+        ("attended", c_int64),
+        ("activated", c_int64),
+        ("expert_inner", c_int64),
+        ("logits", c_int64),
+    )
 
 
 class ModelStruct(Structure):
@@ -89,6 +112,7 @@ class ModelStruct(Structure):
         ("head", LinearStruct),
         ("layers", POINTER(LayerStruct)),
         ("first", FirstColumnsStruct),
+        ("experts", ExpertsStruct),
     )
 
 
@@ -131,6 +155,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(POINTER(ModelStruct), POINTER(BatchStruct), POINTER(SharedStruct), c_void_p),
             *(c_void_p, c_int64, c_void_p, c_int64, POINTER(ExchangeStruct), c_int32),
         ),
+    ),
+    "bt_decoder_expert_borders": (
+        c_void_p,
+        (POINTER(ModelStruct), POINTER(BatchStruct), c_void_p, c_int32),
     ),
     "bt_exchange_meet": (None, (POINTER(ExchangeStruct),)),
 }

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from baton.engine.batch import ForwardBatch
 from baton.engine.kernels.native import (
     ALIGNMENT_BYTES,
+    ExpertLayerStruct,
+    ExpertsStruct,
     FirstColumnsStruct,
     LayerStruct,
     LinearStruct,
@@ -36,7 +38,6 @@ from baton.engine.models.shard import Shard, head_borders, local_sizes
 from baton.engine.models.spec import ModelConfig
 
 _CPU = torch.device("cpu")
-_LINEARS = ("qkv", "out", "gate_up", "down")
 
 
 class CpuDecoder:
@@ -58,6 +59,7 @@ class CpuDecoder:
         self._kv = kv
         self._pool = kv_pool_struct(kv)
         self._linears: dict[str, PackedLinear] = {}
+        self._experts: dict[str, list[PackedLinear]] = {}
         self._vectors: dict[str, torch.Tensor] = {"rotary": rotary_table(config, num_positions, _CPU)}
         self._load(weights)
         self._model = self._build_model()
@@ -80,7 +82,7 @@ class CpuDecoder:
                 *(first, last, self._exchange, self._num_threads),
             )
             if not in_one:
-                self._gather(shared, first)
+                self._gather(native, shared, first)
         return _CpuHidden(self, native, shared)
 
     def head(self, native: NativeBatch, shared: "_Shared", rows: NDArray[np.int64]) -> torch.Tensor:
@@ -98,7 +100,11 @@ class CpuDecoder:
     def _share(self, num_tokens: int) -> "_Shared":
         """The tensors of a step that all ranks see whole."""
         config = self._config
-        widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+        activated = config.intermediate_size
+        if config.experts is not None:
+            of_pair = config.hidden_size if self._shard.ep_size > 1 else config.experts.intermediate_size
+            activated = max(activated, of_pair * config.experts.num_experts_per_token)
+        widths = (config.hidden_size, config.num_heads * config.head_dim, activated)
         tensors = self._take([(num_tokens, width) for width in widths], torch.bfloat16, 0)
         return _Shared(*tensors)
 
@@ -116,15 +122,34 @@ class CpuDecoder:
             for first, (m, n) in zip(starts, shapes, strict=False)
         ]
 
-    def _gather(self, shared: "_Shared", part: int) -> None:
+    def _gather(self, native: NativeBatch, shared: "_Shared", part: int) -> None:
         """Fill in what the other ranks computed in a part."""
         config, shard = self._config, self._shard
         if part % 4 == 1:
             shard.gather_columns(shared.attended, [h * config.head_dim for h in head_borders(config, shard.size)])
+        elif part % 4 == 3 and config.experts_of(part // 4) is not None:
+            self._gather_pairs(native, shared)
         elif part % 4 == 3:
-            shard.gather_columns(shared.activated, shard.borders(config.intermediate_size))
+            inner = config.intermediate_size
+            shard.gather_columns(shared.rows_of_activated(len(shared.delta), inner), shard.borders(inner))
         else:
             shard.gather_columns(shared.delta, shard.borders(config.hidden_size))
+
+    def _gather_pairs(self, native: NativeBatch, shared: "_Shared") -> None:
+        """Fill in what the other ranks computed of pairs of token and expert (kernels/csrc/experts.h)."""
+        experts, shard = self._config.experts, self._shard
+        assert experts is not None
+        num_pairs = len(shared.delta) * experts.num_experts_per_token
+        if shard.ep_size == 1:
+            inner = experts.intermediate_size
+            shard.gather_columns(shared.rows_of_activated(num_pairs, inner), shard.borders(inner))
+            return
+        address = self._kernels.bt_decoder_expert_borders(
+            byref(self._model), byref(native.struct), self._scratch.data_ptr(), self._num_threads
+        )
+        first_rows = (ctypes.c_int32 * (experts.num_experts + 1)).from_address(address)
+        rows = shared.rows_of_activated(num_pairs, self._config.hidden_size)
+        shard.gather_columns(rows.T, [first_rows[expert] for expert in shard.borders(experts.num_experts)])
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         biases: dict[str, torch.Tensor] = {}
@@ -133,7 +158,11 @@ class CpuDecoder:
         )
         for name, tensor in parameters:
             module, _, kind = name.rpartition(".")
-            if kind == "weight":
+            if ".experts." in module:
+                own = tensor.chunk(self._sizes.experts[1] - self._sizes.experts[0])
+                paired = module.endswith("gate_up")
+                self._experts[module] = [PackedLinear(self._kernels, one, paired=paired) for one in own]
+            elif kind == "weight":
                 self._linears[module] = PackedLinear(self._kernels, tensor, paired=module.endswith("gate_up"))
             elif kind == "bias":
                 biases[module] = tensor
@@ -150,7 +179,7 @@ class CpuDecoder:
         config, sizes, shard = self._config, self._sizes, self._shard
         layers = (LayerStruct * config.num_layers)()
         for index in range(config.num_layers):
-            layers[index] = self._build_layer(f"layers.{index}.")
+            layers[index] = self._build_layer(index)
         return ModelStruct(
             num_layers=config.num_layers,
             hidden=config.hidden_size,
@@ -169,14 +198,43 @@ class CpuDecoder:
                 delta=shard.span(config.hidden_size)[0],
                 attended=sizes.heads[0] * config.head_dim,
                 activated=sizes.inner[0],
+                expert_inner=sizes.expert_inner[0],
                 logits=shard.span(config.vocab_size)[0],
             ),
+            experts=self._build_experts(),
         )
 
-    def _build_layer(self, prefix: str) -> LayerStruct:
-        linears: dict[str, LinearStruct] = {name: self._linears[prefix + name].struct for name in _LINEARS}
+    def _build_experts(self) -> ExpertsStruct:
+        experts, sizes = self._config.experts, self._sizes
+        if experts is None:
+            return ExpertsStruct()
+        return ExpertsStruct(
+            num_experts=experts.num_experts,
+            per_token=experts.num_experts_per_token,
+            inner=experts.intermediate_size,
+            first=sizes.experts[0],
+            last=sizes.experts[1],
+            normalises=experts.normalises_weights,
+            is_dealt=self._shard.ep_size > 1,
+        )
+
+    def _build_layer(self, index: int) -> LayerStruct:
+        prefix = f"layers.{index}."
+        if self._config.experts_of(index) is None:
+            names, experts = ("qkv", "out", "gate_up", "down"), ExpertLayerStruct()
+        else:
+            names, experts = ("qkv", "out"), self._build_expert_layer(prefix)
+        linears: dict[str, LinearStruct] = {name: self._linears[prefix + name].struct for name in names}
         norms = {name: self._address(prefix + name) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")}
-        return LayerStruct(**linears, **norms)
+        return LayerStruct(**linears, **norms, experts=experts)
+
+    def _build_expert_layer(self, prefix: str) -> ExpertLayerStruct:
+        parts = {
+            name: (LinearStruct * len(own))(*(one.struct for one in own))
+            for name in ("gate_up", "down")
+            for own in [self._experts[f"{prefix}experts.{name}"]]
+        }
+        return ExpertLayerStruct(router=self._linears[f"{prefix}router"].struct, **parts)
 
     def _address(self, name: str) -> int | None:
         vector = self._vectors.get(name)
@@ -184,13 +242,17 @@ class CpuDecoder:
 
 
 class _Shared:
-    """The tensors of one step that all ranks see whole: [T, E], [T, all H D] and [T, F], bf16."""
+    """The tensors of one step that all ranks see whole: [T, E], [T, all H D] and [T, F] or more (see `Shared` in C), bf16."""
 
     def __init__(self, delta: torch.Tensor, attended: torch.Tensor, activated: torch.Tensor) -> None:
         self.delta, self.attended, self.activated = delta, attended, activated
         self.struct = SharedStruct(delta.data_ptr(), attended.data_ptr(), activated.data_ptr())
         self.end = sum(_padded(one.nbytes) for one in (delta, attended, activated))
         """Bytes of the shared memory in use."""
+
+    def rows_of_activated(self, num_rows: int, width: int) -> torch.Tensor:
+        """[num_rows, width] at the start of `activated`, which has room for the widest layer."""
+        return self.activated.view(-1)[: num_rows * width].view(num_rows, width)
 
 
 class _CpuHidden:

@@ -190,6 +190,8 @@ def _expert_parts(
     inner, own_hidden = slice(*sizes.expert_inner), slice(*shard.span(config.hidden_size))
     width = inner.stop - inner.start
     down_rows, inputs = (slice(None), inner) if cut == "inputs" else (own_hidden, None)
+    if cut == "outputs" and shard.ep_size > 1:
+        down_rows = slice(None)  # whole experts
     down_height = len(range(config.hidden_size)[down_rows])
     for index, module in enumerate(expert_modules(experts)):
         place = index - sizes.experts[0]

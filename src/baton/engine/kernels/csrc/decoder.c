@@ -1,15 +1,19 @@
 /* Runs a range of the decoder's parts in one job, and the head.
  *
- * Part 0 is the embedding; layer l has parts 4l + 1 (attention), 4l + 2 (its output product), 4l + 3 (gate and up), 4l + 4 (down). Parts
+ * Part 0 is the embedding; layer l has parts 4l + 1 (attention), 4l + 2 (its output product), 4l + 3 (gate and up), 4l + 4 (down).
+ * With experts part 4l + 3 also routes and ends with what the ranks have to see of every pair (experts.h), and 4l + 4 sums. Parts
  * 0, 4l + 2 and 4l + 4 end with a `delta`, which the part behind them adds to the residual. Behind every part the ranks exchange what they wrote:
  * through an `Exchange` within the one call, or by the caller, who then runs part by part.
  */
 #include "decoder.h"
 
 /* What a stage does. Between two stages of a step every item of the first is finished. */
-typedef enum { EMBED, ATTENTION_NORM, QKV, ROTATE, ATTEND, MERGE, OUT, MLP_NORM, GATE_UP, DOWN, MEET } Kind;
+typedef enum {
+    EMBED, ATTENTION_NORM, QKV, ROTATE, ATTEND, MERGE, OUT, MLP_NORM, GATE_UP, DOWN,
+    ROUTER, ROUTE, PLACE, GATHER, EXPERT_GATE_UP, EXPERT_DOWN, COMBINE, MEET
+} Kind;
 
-enum { PARTS_PER_LAYER = 4, MAX_STAGES_PER_LAYER = DOWN + PARTS_PER_LAYER };
+enum { PARTS_PER_LAYER = 4, MAX_STAGES_PER_LAYER = COMBINE + PARTS_PER_LAYER };
 
 typedef struct {
     Kind kind;
@@ -55,7 +59,7 @@ static char *layout(Step *s, char *base) {
     int64_t partials = attention_max_partials(b, group, m->num_kv_heads, s->threads);
     f->partials = (float *)take(&base, partials * attention_partial_floats(m->head_dim) * 4);
     f->attention_scratch = take(&base, attention_scratch_bytes(m->head_dim, group) * s->threads);
-    return base;
+    return pairs_layout(&f->pairs, &m->experts, tokens, m->hidden, base);
 }
 
 /* Bytes of scratch a step of this shape needs; 64-byte aligned. */
@@ -74,6 +78,16 @@ static void add_stage(Step *s, Kind kind, int64_t layer, int64_t items) {
 
 static void add_product(Step *s, Kind kind, int64_t layer, const Linear *lin, Epilogue epilogue) {
     add_stage(s, kind, layer, gemm_items(lin, epilogue, s->batch->num_tokens, s->threads));
+}
+
+/* The numbers of items of the experts' products are known when the pairs have their places: PLACE fills them in. */
+static void add_routing(Step *s, int64_t layer, int64_t row_items) {
+    add_product(s, ROUTER, layer, &s->model->layers[layer].experts.router, OUT_F32);
+    add_stage(s, ROUTE, layer, row_items);
+    add_stage(s, PLACE, layer, 1);
+    add_stage(s, GATHER, layer, row_items);
+    add_stage(s, EXPERT_GATE_UP, layer, 1);
+    if (s->model->experts.is_dealt) add_stage(s, EXPERT_DOWN, layer, 1);
 }
 
 static void add_part(Step *s, int64_t part, int64_t row_items) {
@@ -95,9 +109,18 @@ static void add_part(Step *s, int64_t part, int64_t row_items) {
         case 1: add_product(s, OUT, layer, &l->out, OUT_BF16); break;
         case 2:
             add_stage(s, MLP_NORM, layer, row_items);
-            add_product(s, GATE_UP, layer, &l->gate_up, OUT_SILU_MUL);
+            if (l->experts.gate_up) add_routing(s, layer, row_items);
+            else add_product(s, GATE_UP, layer, &l->gate_up, OUT_SILU_MUL);
             break;
-        default: add_product(s, DOWN, layer, &l->down, OUT_BF16); break;
+        default:
+            if (!l->experts.gate_up) {
+                add_product(s, DOWN, layer, &l->down, OUT_BF16);
+                break;
+            }
+            /* Where the step runs part by part, an earlier call has placed the pairs. */
+            if (!s->model->experts.is_dealt) add_stage(s, EXPERT_DOWN, layer, s->num_stages ? 1 : down_items(&s->buffers.pairs));
+            add_stage(s, COMBINE, layer, row_items);
+            break;
     }
 }
 
@@ -125,6 +148,39 @@ static void product_item(const Step *s, const Linear *lin, Epilogue epilogue, co
     gemm_item(lin, epilogue, &rows, s->threads, item);
 }
 
+static void place_stage(const Step *s, int64_t stage) {
+    const Pairs *p = &s->buffers.pairs;
+    int64_t layer = s->stages[stage].layer;
+    place_pairs(p, &s->model->experts, &s->model->layers[layer].experts, s->batch->num_tokens, s->threads);
+    for (int64_t i = stage + 1; i < s->num_stages && s->stages[i].layer <= layer; i++) {
+        if (s->stages[i].kind == EXPERT_GATE_UP) s->items[i] = gate_up_items(p);
+        if (s->stages[i].kind == EXPERT_DOWN) s->items[i] = down_items(p);
+    }
+}
+
+/* Stages of a layer's experts on tokens [first, last), or an item of their products. */
+static void run_expert_item(const Step *s, int64_t stage, int64_t item, int64_t first, int64_t last) {
+    const Model *m = s->model;
+    const Experts *e = &m->experts;
+    const Buffers *f = &s->buffers;
+    const Pairs *p = &f->pairs;
+    const ExpertLayer *layer = &m->layers[s->stages[stage].layer].experts;
+    bf16 *shared = s->shared->activated, *activated = e->is_dealt ? p->own : shared, *outputs = e->is_dealt ? shared : p->own;
+    int64_t tokens = s->batch->num_tokens, hidden = m->hidden, delta = m->first.delta;
+    Rows router = {f->normed, hidden, p->scores, e->num_experts, tokens};
+    Rows gate_up = {p->inputs, hidden, activated + m->first.expert_inner, e->inner, 0};
+    Rows down = {activated, e->inner, outputs + (e->is_dealt ? 0 : delta), hidden, 0};
+    switch (s->stages[stage].kind) {
+        case ROUTER: gemm_item(&layer->router, OUT_F32, &router, s->threads, item); break;
+        case ROUTE: route_rows(p, e, first, last); break;
+        case PLACE: place_stage(s, stage); break;
+        case GATHER: gather_rows(p, e, f->normed, hidden, first, last); break;
+        case EXPERT_GATE_UP: gate_up_item(p, e, layer, &gate_up, item); break;
+        case EXPERT_DOWN: down_item(p, e, layer, &down, item); break;
+        default: combine_rows(p, e, outputs + delta, s->shared->delta + delta, m->layers[s->stages[stage].layer].out.n, hidden, first, last); break;
+    }
+}
+
 static void run_item(void *arg, int64_t stage, int64_t item, int tid) {
     const Step *s = arg;
     const Model *m = s->model;
@@ -147,6 +203,7 @@ static void run_item(void *arg, int64_t stage, int64_t item, int tid) {
         case GATE_UP: product_item(s, &l->gate_up, OUT_SILU_MUL, f->normed, x->activated + own->activated, l->down.k, item); break;
         case DOWN: product_item(s, &l->down, OUT_BF16, x->activated, x->delta + own->delta, m->hidden, item); break;
         case MEET: exchange_meet(s->exchange); break;
+        default: run_expert_item(s, stage, item, first, last); break;
     }
 }
 
@@ -191,4 +248,11 @@ void bt_decoder_head(const Model *model, const Batch *batch, const Shared *share
     int32_t product = (int32_t)gemm_items(&model->head, OUT_F32, num_rows, threads);
     int32_t alone[] = {(int32_t)num_rows, product}, together[] = {(int32_t)num_rows, 1, product, 1};
     pool_run(threads, exchange ? 4 : 2, exchange ? together : alone, run_head_item, &s);
+}
+
+/* [X + 1] int32: the first pair (row) of each expert, after part 4l + 3 of a layer with experts of the step in `scratch`. */
+const int32_t *bt_decoder_expert_borders(const Model *model, const Batch *batch, char *scratch, int32_t threads) {
+    Step s = {.model = model, .batch = batch, .threads = threads};
+    layout(&s, scratch);
+    return s.buffers.pairs.borders;
 }

@@ -1,4 +1,4 @@
-/* The transformer decoder (Llama, Qwen2, Qwen3) as a list of stages run by all threads of one job.
+/* The transformer decoder (Llama, Qwen2, Qwen3, Qwen3-MoE) as a list of stages run by all threads of one job.
  *
  * Shape letters as in attention.h, and E hidden size, F feed-forward size. Weights are packed (gemm.h), norms and biases
  * fp32, the residual stream fp32, everything between bf16.
@@ -11,20 +11,22 @@
 
 #include "attention.h"
 #include "exchange.h"
+#include "experts.h"
 #include "gemm.h"
 
 typedef struct {
     Linear qkv;     /* [(H + 2K) D, E] query, key, value heads of this rank */
     Linear out;     /* [own columns of E, all H D] */
-    Linear gate_up; /* [2 own columns of F, E] */
+    Linear gate_up; /* [2 own columns of F, E]; a layer has these two or experts */
     Linear down;    /* [own columns of E, all F] */
+    ExpertLayer experts;
     const float *attention_norm, *mlp_norm; /* [E] */
     const float *q_norm, *k_norm;           /* [D] or NULL */
 } Layer;
 
 /* This rank's first column of a tensor that all ranks share. */
 typedef struct {
-    int64_t delta, attended, activated, logits;
+    int64_t delta, attended, activated, expert_inner, logits;
 } FirstColumns;
 
 typedef struct {
@@ -37,13 +39,14 @@ typedef struct {
     Linear head; /* [own columns of V, E] */
     const Layer *layers;
     FirstColumns first;
+    Experts experts;
 } Model;
 
 /* What all ranks see whole, each writing its own columns. The caller provides it. */
 typedef struct {
     bf16 *delta;     /* [T, E] what the last part adds to the residual */
     bf16 *attended;  /* [T, all H D] */
-    bf16 *activated; /* [T, F] */
+    bf16 *activated; /* [T, F]; of a layer with experts [T k, F of one], or when they are dealt [T k, E]: their outputs */
 } Shared;
 
 /* The step's own tensors, all in one block of memory that the caller provides. */
@@ -54,6 +57,7 @@ typedef struct {
     AttentionPlan plan;
     float *partials;
     char *attention_scratch;
+    Pairs pairs;
 } Buffers;
 
 /* rows.c */
