@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("collective", "size"), [("auto", 2), ("gloo", 2), ("auto", 4)])
+@pytest.mark.parametrize(("collective", "size"), [("auto", 2), ("auto", 4), ("tcp", 2), ("tcp", 4), ("gloo", 2)])
 def test_bfloat16_ranks_give_the_bits_of_one(
     model: Path, collective: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

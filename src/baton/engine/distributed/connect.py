@@ -1,48 +1,27 @@
 """Which way the ranks' tensors meet: memory that all share, or a process group. Settled by all ranks together, step by step.
 
-Shared memory is for the C decoder with all ranks on one host; everything else is gloo or NCCL.
+Shared memory is for the C decoder with all ranks on one host; other CPU ranks have TCP links, GPUs NCCL. gloo only where it is asked for.
 """
 
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from baton.engine.distributed.collective import ProcessGroupCollective, open_store
-from baton.engine.distributed.control import GroupError
+from baton.engine.distributed.control import GroupError, Phases
 from baton.engine.distributed.exchange import MAX_RANKS, MemoryOffer, SharedExchange, fetch, reach
+from baton.engine.distributed.links import open_links
 from baton.engine.models.shard import Shard
 from baton.kvcache.page_memory import PageMemory
 
 logger = logging.getLogger(__name__)
 
 COLLECTIVE = "BATON_COLLECTIVE"
-"""Environment variable of the leader: "auto", or "gloo" where shared memory is to be left alone (to measure, to test)."""
+"""Environment variable of the leader, for CPUs: "auto"; "tcp" or "gloo" leave shared memory alone (to measure, to test)."""
 _NONE = "none"
-
-
-class Phases(Protocol):
-    """The group during start-up."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def leader_host(self) -> str:
-        """The address by which the others reach the leader."""
-
-    @property
-    def own_host(self) -> str:
-        """The address by which this rank reaches the leader."""
-
-    def phase(self, name: str, value: str = "") -> list[str]:
-        """Wait until every rank is at phase `name`; the values that they bring, in order of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +44,27 @@ def connect(group: Phases, device: torch.device, pool: Pool, *, in_c: bool) -> C
     """`in_c`: the model is computed by the C decoder. Raises `GroupError`."""
     boots = group.phase("host", _boot_id())
     ranks_on_host = boots.count(boots[group.rank])
-    shared = _share_memory(group, pool) if in_c and group.size <= MAX_RANKS and ranks_on_host == group.size else None
+    way = "nccl" if device.type == "cuda" else group.phase("way", _wanted_way() if group.rank == 0 else "")[0]
+    can_share = way == "auto" and in_c and group.size <= MAX_RANKS and ranks_on_host == group.size
+    shared = _share_memory(group, pool) if can_share else None
     if shared is not None:
         exchange, memory = shared
         logger.info("rank %d of %d shares memory with the others", group.rank, group.size)
         return Connected(Shard(group.rank, group.size, None, exchange), ranks_on_host, memory)
+    collective = _open_process_group(group, device) if way in ("nccl", "gloo") else open_links(group)
+    name = way if way in ("nccl", "gloo") else "tcp"
+    logger.info("rank %d of %d is connected by %s at %s", group.rank, group.size, name, group.own_host)
+    return Connected(Shard(group.rank, group.size, collective), ranks_on_host, None)
+
+
+def _wanted_way() -> str:
+    wanted = os.environ.get(COLLECTIVE, "auto")
+    if wanted not in ("auto", "tcp", "gloo"):
+        raise GroupError(f"{COLLECTIVE} must be auto, tcp or gloo, got {wanted!r}")
+    return wanted
+
+
+def _open_process_group(group: Phases, device: torch.device) -> ProcessGroupCollective:
     if group.rank == 0:
         store = open_store(group.leader_host, 0, is_leader=True)
         group.phase("store", str(store.port))
@@ -78,8 +73,7 @@ def connect(group: Phases, device: torch.device, pool: Pool, *, in_c: bool) -> C
         store = open_store(group.leader_host, int(port), is_leader=False)
     collective = ProcessGroupCollective(store, group.rank, group.size, device, group.own_host)
     group.phase("collective")
-    logger.info("rank %d of %d is connected by %s at %s", group.rank, group.size, collective.name, group.own_host)
-    return Connected(Shard(group.rank, group.size, collective), ranks_on_host, None)
+    return collective
 
 
 def _share_memory(group: Phases, pool: Pool) -> tuple[SharedExchange, PageMemory] | None:
@@ -120,11 +114,6 @@ def _offer_memory(group: Phases, pool: Pool) -> tuple[SharedExchange, PageMemory
 
 
 def _open_offer(pool: Pool) -> MemoryOffer | None:
-    wanted = os.environ.get(COLLECTIVE, "auto")
-    if wanted not in ("auto", "gloo"):
-        raise GroupError(f"{COLLECTIVE} must be auto or gloo, got {wanted!r}")
-    if wanted == "gloo":
-        return None
     try:
         return MemoryOffer(pool.num_pages, pool.page_bytes)
     except OSError as error:

@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -40,6 +41,27 @@ PROGRESS_S = 10.0
 
 class GroupError(BatonError):
     """The ranks did not meet, do not fit together, or lost one another."""
+
+
+class Phases(Protocol):
+    """The group during start-up."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def leader_host(self) -> str:
+        """The address by which the others reach the leader."""
+
+    @property
+    def own_host(self) -> str:
+        """The address by which this rank reaches the leader."""
+
+    def phase(self, name: str, value: str = "") -> list[str]:
+        """Wait until every rank is at phase `name`; the values that they bring, in order of ranks."""
 
 
 class Connection:

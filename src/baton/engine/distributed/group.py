@@ -17,8 +17,10 @@ from baton.engine.batch import ForwardBatch
 from baton.engine.distributed.connect import Connected, Pool, connect
 from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
+from baton.engine.distributed.links import LinkCollective
 from baton.engine.distributed.messages import Hello, Step, Welcome, decode_step, encode_step
 from baton.engine.distributed.topology import Topology
+from baton.engine.models.shard import Collective
 
 OnLost = Callable[[str], None]
 LOAD_TIMEOUT_S = 1800.0
@@ -48,6 +50,7 @@ class LeaderGroup:
         self._leader = Leader(topology, address, timeout_s)
         self._on_lost = on_lost
         self._heartbeat: Heartbeat | None = None
+        self._collective: Collective | None = None
         self._encoder = msgspec.msgpack.Encoder()
 
     @property
@@ -64,7 +67,9 @@ class LeaderGroup:
         return agreed
 
     def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
-        return connect(self, device, pool, in_c=in_c)
+        connected = connect(self, device, pool, in_c=in_c)
+        self._collective = connected.shard.collective
+        return connected
 
     @property
     def rank(self) -> int:
@@ -100,6 +105,8 @@ class LeaderGroup:
         """The others end when they hear of it."""
         if self._heartbeat is not None:
             self._heartbeat.close(last_words)
+        if isinstance(self._collective, LinkCollective):
+            self._collective.close()
         self._leader.close()
 
 
@@ -111,6 +118,7 @@ class FollowerGroup:
         self._address, self._timeout_s, self._on_lost = address, timeout_s, on_lost
         self._control: Connection | None = None
         self._heartbeat: Heartbeat | None = None
+        self._collective: Collective | None = None
 
     def agree(self, facts: dict[str, str], num_pages: int) -> int:
         hello = Hello(self.topology.rank, facts, num_pages)
@@ -120,7 +128,9 @@ class FollowerGroup:
         return welcome.num_pages
 
     def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
-        return connect(self, device, pool, in_c=in_c)
+        connected = connect(self, device, pool, in_c=in_c)
+        self._collective = connected.shard.collective
+        return connected
 
     @property
     def rank(self) -> int:
@@ -156,6 +166,8 @@ class FollowerGroup:
     def close(self, last_words: str = "") -> None:
         if self._heartbeat is not None:
             self._heartbeat.close(last_words)
+        if isinstance(self._collective, LinkCollective):
+            self._collective.close()
         if self._control is not None:
             self._control.close()
 

@@ -1,0 +1,140 @@
+"""Collectives between CPUs over TCP connections of our own, one for each pair of ranks.
+
+A decoder sends hundreds of small messages a step, one after the other. What they cost is hand-overs between threads, not bytes: here the
+thread that computes also sends and receives, which takes a tenth of gloo's time (benchmarks/ranks.py). Sums are formed in the
+order of ranks, so the bits depend on neither timing nor size. Not here: who the ranks are, and noticing that one is gone while
+nobody sends (`heartbeat`).
+"""
+
+import contextlib
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+import torch
+
+from baton.engine.distributed.control import GroupError, Phases
+
+LINK_TIMEOUT_S = 30.0
+EAGER_BYTES = 64 << 10
+"""Messages up to this size lie in the sockets' buffers until the peer reads them, so everyone can send first. Larger ones take turns."""
+BUFFER_BYTES = 1 << 20
+_GREETING = struct.Struct("<16sI")  # the group's token, the dialling rank
+
+
+class LinkCollective:
+    """Implements `models.shard.Collective` for CPU tensors. `links`: other rank -> connected socket."""
+
+    def __init__(self, rank: int, links: dict[int, socket.socket]) -> None:
+        self._rank = rank
+        self._links = dict(sorted(links.items()))
+        self._size = len(links) + 1
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks in float32, rounded once to `partial`'s dtype."""
+        own = partial.contiguous()
+        blocks = {rank: torch.empty_like(own) for rank in self._links}
+        self._exchange(own, blocks)
+        blocks[self._rank] = own
+        total = blocks[0].float().clone() if own.dtype == torch.float32 else blocks[0].float()
+        for rank in range(1, self._size):
+            total += blocks[rank]
+        return total.to(partial.dtype)
+
+    def gather_columns(self, rows: torch.Tensor, borders: Sequence[int]) -> None:
+        own = rows[:, borders[self._rank] : borders[self._rank + 1]].contiguous()
+        blocks = {rank: rows.new_empty(len(rows), borders[rank + 1] - borders[rank]) for rank in self._links}
+        self._exchange(own, blocks)
+        for rank, block in blocks.items():
+            rows[:, borders[rank] : borders[rank + 1]] = block
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+
+    def _exchange(self, own: torch.Tensor, blocks: dict[int, torch.Tensor]) -> None:
+        """Send `own` to every rank, fill each rank's block."""
+        data = _bytes(own)
+        sends_first = max(len(data), *(one.nbytes for one in blocks.values())) <= EAGER_BYTES
+        if sends_first:
+            for rank in self._links:
+                self._send(rank, data)
+        # In turns, pairs of ranks follow one another in the same order everywhere, the lower rank of a pair sends first.
+        for rank in self._links:
+            if not sends_first and self._rank < rank:
+                self._send(rank, data)
+            self._receive(rank, _bytes(blocks[rank]))
+            if not sends_first and self._rank > rank:
+                self._send(rank, data)
+
+    def _send(self, rank: int, data: memoryview) -> None:
+        try:
+            self._links[rank].sendall(data)
+        except OSError as error:
+            raise GroupError(f"rank {rank} is gone: {error.strerror or error}") from None
+
+    def _receive(self, rank: int, target: memoryview) -> None:
+        link = self._links[rank]
+        try:
+            while target:
+                count = link.recv_into(target)
+                if not count:
+                    raise GroupError(f"rank {rank} is gone: its link was closed")
+                target = target[count:]
+        except OSError as error:
+            raise GroupError(f"rank {rank} is gone: {error.strerror or error}") from None
+
+
+def open_links(group: Phases) -> LinkCollective:
+    """Connect every pair of ranks; the higher one dials. Raises `GroupError`."""
+    links: dict[int, socket.socket] = {}
+    try:
+        with socket.create_server((group.own_host, 0), family=_family(group.own_host), backlog=group.size) as listener:
+            token = secrets.token_hex(8) if group.rank == 0 else ""
+            values = group.phase("links", f"{listener.getsockname()[1]} {group.own_host} {token}")
+            key = values[0].split()[2].encode()
+            for rank in range(group.rank):
+                port, host = values[rank].split()[:2]
+                links[rank] = socket.create_connection((host, int(port)), timeout=LINK_TIMEOUT_S)
+                links[rank].sendall(_GREETING.pack(key, group.rank))
+            _accept(listener, links, range(group.rank + 1, group.size), key)
+        group.phase("linked")
+    except OSError as error:
+        for link in links.values():
+            link.close()
+        raise GroupError(f"rank {group.rank} cannot connect to the others: {error}") from None
+    for link in links.values():
+        link.settimeout(None)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    return LinkCollective(group.rank, links)
+
+
+def _accept(listener: socket.socket, links: dict[int, socket.socket], ranks: range, key: bytes) -> None:
+    """Wait for `ranks`; strangers are sent away."""
+    deadline = time.monotonic() + LINK_TIMEOUT_S
+    while any(rank not in links for rank in ranks):
+        listener.settimeout(max(0.001, deadline - time.monotonic()))
+        link, _ = listener.accept()
+        link.settimeout(LINK_TIMEOUT_S)
+        greeting = b""
+        with contextlib.suppress(OSError):
+            greeting = link.recv(_GREETING.size, socket.MSG_WAITALL)
+        if len(greeting) == _GREETING.size and greeting[:16] == key:
+            rank = _GREETING.unpack(greeting)[1]
+            if rank in ranks and rank not in links:
+                links[rank] = link
+                continue
+        link.close()
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
