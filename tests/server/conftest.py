@@ -19,8 +19,9 @@ from baton.engine.server.app import build_app
 from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient
 from baton.engine.server.context import ServerContext, stage_of
+from baton.engine.server.dialect import Dialect
 from baton.engine.server.main import HttpServer, bind, chat_template, http_server, warm_up
-from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
+from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
 from baton.engine.weights.demo import prepare_demo_model
 
@@ -71,10 +72,10 @@ Start = Callable[..., "contextlib.AbstractAsyncContextManager[Bed]"]
 
 @pytest.fixture
 def start(tokenizer: TextTokenizer) -> Start:
-    """`async with start("--flag", ...) as bed`: a worker with these flags."""
+    """`async with start("--flag", ..., dialect=...) as bed`: a worker with these flags."""
 
     @contextlib.asynccontextmanager
-    async def started(*flags: str, **rank_options: Any) -> AsyncIterator[Bed]:
+    async def started(*flags: str, dialect: Dialect = SGLANG, **rank_options: Any) -> AsyncIterator[Bed]:
         args = engine_args(["--model", MODEL, *flags])
         address = ChannelAddress.create()
         channel = ServerChannel(address)
@@ -83,7 +84,7 @@ def start(tokenizer: TextTokenizer) -> Start:
         rank.start()
         registry = CollectorRegistry()
         text = None if args.skip_tokenizer_init else tokenizer
-        metrics = RequestMetrics(args.name, registry)
+        metrics = dialect.request_metrics(args, registry)
         client = EngineClient(
             channel, text.vocabulary if text else None, stage=stage_of(args.disaggregation_mode), metrics=metrics
         )
@@ -91,7 +92,8 @@ def start(tokenizer: TextTokenizer) -> Start:
         await client.wait_ready(10)
         ctx = ServerContext(
             args=args, ready=READY, client=client, tokenizer=text, chat_template=chat_template(args, text),
-            registry=registry, scheduler_metrics=SchedulerMetrics(args.name, READY, 1.0, registry),
+            registry=registry, dialect=dialect,
+            scheduler_metrics=dialect.scheduler_metrics(args, READY, 1.0, registry),
         )  # fmt: skip
         assert await warm_up(ctx) is None
         ctx.is_warm = True
