@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/engine.py                                  # ours, transformers, roofline
     .venv/bin/python benchmarks/engine.py --vllm-python VENV/bin/python    # and vLLM's CPU build
-    .venv/bin/python benchmarks/engine.py --tp 2                           # and two ranks on this host, by shared memory and by gloo
+    .venv/bin/python benchmarks/engine.py --tp 2                           # and two ranks on this host, by shared memory, TCP and gloo
 
 SmolLM2-135M-Instruct, random 512-token prompts, 128 new tokens, greedy, bursts of 1, 8 and 32 requests over HTTP:
 - prefill: prompt tokens/s of a burst that asks for one token each;
@@ -194,7 +194,7 @@ def main() -> None:
         if options.tp > 1:
             servers += [
                 start_ranks(options.model, f"tp{options.tp}-{way}", options.tp, collective)
-                for way, collective in (("memory", "auto"), ("gloo", "gloo"))
+                for way, collective in (("memory", "auto"), ("tcp", "tcp"), ("gloo", "gloo"))
             ]
         if options.vllm_python:
             servers.append(start_vllm(options.vllm_python, options.model))

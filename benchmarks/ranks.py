@@ -4,14 +4,15 @@
 
 - memory: peak of each rank process until the worker is ready (anonymous, and the whole resident set with mapped files), for one
   rank and for --tp ranks, from safetensors and (with --gguf FILE) from GGUF;
-- collectives between two processes: a meeting in shared memory, and gloo's all-gather and all-reduce of the message sizes that
-  a decoder of hidden size 576 sends (tokens x 576).
+- collectives between two processes: a meeting in shared memory, and gather and sum over TCP links and over gloo of the message sizes
+  that a decoder of hidden size 576 sends (tokens x 576).
 """
 
 import argparse
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ import torch
 
 from baton.engine.distributed.collective import ProcessGroupCollective, open_store
 from baton.engine.distributed.exchange import MemoryOffer, fetch, reach
+from baton.engine.distributed.links import LinkCollective
 from baton.engine.kernels.native import load_kernels
 from baton.engine.weights.demo import prepare_demo_model
 from engine import free_port
@@ -48,6 +50,8 @@ def rank_peaks(model: Path, tp_size: int, load_format: str) -> dict[str, Any]:
     peaks: dict[int, tuple[int, int]] = {}
     try:
         while not is_ready(port):
+            if process.poll() is not None:
+                raise SystemExit(f"the worker ended with {process.returncode}: {' '.join(command)}")
             for pid in family(process.pid):
                 sample(pid, peaks)
             time.sleep(0.01)
@@ -85,11 +89,12 @@ def is_ready(port: int) -> bool:
         return False
 
 
-def time_collectives(rank: int, store_port: int, name: str, pipe: Connection) -> None:
+def time_collectives(rank: int, store_port: int, link_port: int, name: str, pipe: Connection) -> None:
     """One of two ranks; rank 0 reports microseconds."""
     torch.set_num_threads(1)
     store = open_store("127.0.0.1", store_port, is_leader=False)
     gloo = ProcessGroupCollective(store, rank, 2, torch.device("cpu"), "127.0.0.1")
+    links = LinkCollective(rank, {1 - rank: link_to_other(rank, link_port)})
     connection = reach(name)
     assert connection is not None
     exchange, _ = fetch(connection, rank, 2, 1, 4096)
@@ -103,11 +108,28 @@ def time_collectives(rank: int, store_port: int, name: str, pipe: Connection) ->
         partial = torch.zeros(tokens, HIDDEN)
         repeats = 2000 if tokens <= 32 else 200
         figures[str(tokens)] = {
+            "tcp_gather_columns_us": 1e6 * timed(lambda rows=rows: links.gather_columns(rows, [0, 288, 576]), repeats),
+            "tcp_ordered_sum_us": 1e6 * timed(lambda partial=partial: links.all_reduce(partial), repeats),
             "gloo_gather_columns_us": 1e6 * timed(lambda rows=rows: gloo.gather_columns(rows, [0, 288, 576]), repeats),
             "gloo_ordered_sum_us": 1e6 * timed(lambda partial=partial: gloo.all_reduce(partial), repeats),
             "gloo_all_reduce_us": 1e6 * timed(lambda partial=partial: gloo._group.allreduce([partial]).wait(), repeats),
         }
     pipe.send(figures)
+
+
+def link_to_other(rank: int, port: int) -> socket.socket:
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            link, _ = listener.accept()
+    else:
+        while True:
+            try:
+                link = socket.create_connection(("127.0.0.1", port))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return link
 
 
 def timed(call: Any, repeats: int) -> float:
@@ -127,8 +149,9 @@ def collectives() -> dict[str, Any]:
     threading.Thread(target=offer.give, args=(2,), daemon=True).start()
     context = get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
+    link_port = free_port()
     ranks = [
-        context.Process(target=time_collectives, args=(rank, store.port, offer.name, ends[rank][1]))
+        context.Process(target=time_collectives, args=(rank, store.port, link_port, offer.name, ends[rank][1]))
         for rank in range(2)
     ]
     for one in ranks:
