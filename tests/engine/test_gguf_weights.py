@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.fakes.gguf_models import gguf_name, llama_cpp_layout, write_gguf
-from tests.fakes.models import FAMILIES, hf_model
+from tests.fakes.models import FAMILIES, MOE_FAMILIES, checkpoint, hf_model
 from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -36,13 +36,13 @@ def refusal(path: Path) -> str:
 
 
 def trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    state = dict(model.state_dict())
+    state = dict(checkpoint(model))
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MOE_FAMILIES)
 def test_f32_files_give_back_the_model_bit_for_bit(tmp_path: Path, family: str) -> None:
     model = hf_model(family)
     path = write_gguf(tmp_path / "m.gguf", model)
@@ -55,9 +55,11 @@ def test_f32_files_give_back_the_model_bit_for_bit(tmp_path: Path, family: str) 
     assert config == load_config(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("kind", ROUNDTRIP_ERROR)
-def test_types_that_the_package_can_write(tmp_path: Path, kind: str) -> None:
-    model = hf_model("llama")
+@pytest.mark.parametrize(
+    ("family", "kind"), [*(("llama", kind) for kind in ROUNDTRIP_ERROR), ("qwen3-moe", "Q8_0"), ("qwen3-moe", "BF16")]
+)
+def test_types_that_the_package_can_write(tmp_path: Path, family: str, kind: str) -> None:
+    model = hf_model(family, **({} if family == "llama" else {"moe_intermediate_size": 64}))
     path = write_gguf(tmp_path / "m.gguf", model, kind)
     loaded = load(path)
     for name, value in trained(model).items():
@@ -228,6 +230,11 @@ def test_metadata_that_cannot_be_served_is_refused(tmp_path: Path, metadata: dic
     message = refusal(path)
     assert message.startswith(f"{path}: ")
     assert expected in message
+
+
+def test_more_experts_of_a_token_than_there_are_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", hf_model("qwen3-moe"), metadata={"qwen3moe.expert_used_count": 9})
+    assert refusal(path) == f"{path}: metadata key qwen3moe.expert_used_count is 9, but there are 8 experts."
 
 
 def test_unknown_architectures_and_types_are_refused(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """GGUF files of small transformers models, written with the `gguf` package as llama.cpp's converter lays them out."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tests.fakes.models import checkpoint
 from transformers import PreTrainedModel
 
 _NAMES = {
@@ -26,6 +29,10 @@ _MODULES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
@@ -61,12 +68,12 @@ def write_gguf(
 ) -> Path:
     """Matrices as `kind`, vectors as F32. `replaced`: GGUF name -> raw blocks of `kind`, for kinds that the package
     cannot quantise to. `metadata` overrides: a None leaves the key out."""
-    arch = model.config.model_type
+    arch = model.config.model_type.replace("_", "")
     writer = gguf.GGUFWriter(path, arch, endianess=endianess)
     for key, value in (_metadata(model) | dict(metadata or {})).items():
         _add(writer, key, value)
     quantisation = gguf.GGMLQuantizationType[kind]
-    state = model.state_dict()
+    state = _stacked_experts(checkpoint(model))
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     for hf_name, tensor in state.items():
@@ -93,7 +100,7 @@ def write_gguf(
 
 def _metadata(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
-    arch = config.model_type
+    arch = config.model_type.replace("_", "")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         f"{arch}.context_length": config.max_position_embeddings,
@@ -109,7 +116,23 @@ def _metadata(model: PreTrainedModel) -> dict[str, Any]:
         f"{arch}.vocab_size": config.vocab_size,
         "tokenizer.ggml.eos_token_id": config.eos_token_id,
         "tokenizer.ggml.bos_token_id": config.bos_token_id,
-    }
+    } | (
+        {}
+        if arch != "qwen3moe"
+        else {
+            f"{arch}.expert_count": config.num_experts,
+            f"{arch}.expert_used_count": config.num_experts_per_tok,
+            f"{arch}.expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    )
+
+
+def _stacked_experts(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A layer's experts in one tensor, their number gone from the name."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in tensors:
+        found.setdefault(re.sub(r"\.experts\.\d+", ".experts", name), []).append(tensor)
+    return {name: torch.stack(ones) if ".experts." in name else ones[0] for name, ones in found.items()}
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -221,9 +221,9 @@ class CpuDecoder:
     def _build_layer(self, index: int) -> LayerStruct:
         prefix = f"layers.{index}."
         if self._config.experts_of(index) is None:
-            names, experts = ("qkv", "out", "gate_up", "down"), ExpertLayerStruct()
+            names, experts = ["qkv", "out", "gate_up", "down"], ExpertLayerStruct()
         else:
-            names, experts = ("qkv", "out"), self._build_expert_layer(prefix)
+            names, experts = ["qkv", "out"], self._build_expert_layer(prefix)
         linears: dict[str, LinearStruct] = {name: self._linears[prefix + name].struct for name in names}
         norms = {name: self._address(prefix + name) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")}
         return LayerStruct(**linears, **norms, experts=experts)

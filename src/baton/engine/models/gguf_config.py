@@ -9,13 +9,14 @@ import numpy as np
 from baton.engine.errors import bad_model
 from baton.engine.models.hf_config import merge_token_ids
 from baton.engine.models.rope import RopeScaling, yarn_attention_factor
-from baton.engine.models.spec import Architecture, ModelConfig
+from baton.engine.models.spec import Architecture, ExpertsConfig, ModelConfig
 from baton.engine.weights.gguf_file import GgufFile, open_gguf
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
 }
 _FILE_DTYPES = {"F32": "float32", "F16": "float16"}
 
@@ -63,17 +64,40 @@ def config_from_gguf(path: Path) -> ModelConfig:
         ),
         bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
         dtype=_FILE_DTYPES.get(embedding.tensor_type.name, "bfloat16"),
+        experts=_experts(file, arch) if arch == "qwen3moe" else None,
     )
 
 
 def _refuse_unsupported(file: GgufFile, arch: str) -> None:
-    if file.get(f"{arch}.expert_count", 0):
+    if arch != "qwen3moe" and file.get(f"{arch}.expert_count", 0):
         raise bad_model(file.path, f"metadata key {arch}.expert_count: mixtures of experts are not supported.")
     window = file.get(f"{arch}.attention.sliding_window", 0)
     if window:
         raise bad_model(
             file.path, f"sliding window attention ({arch}.attention.sliding_window {window}) is not supported."
         )
+
+
+def _experts(file: GgufFile, arch: str) -> ExpertsConfig | None:
+    """The layers with experts are those whose tensors are there; None where no layer has any."""
+    num_experts = file.count(f"{arch}.expert_count")
+    per_token = file.count(f"{arch}.expert_used_count")
+    if per_token > num_experts:
+        raise bad_model(
+            file.path, f"metadata key {arch}.expert_used_count is {per_token}, but there are {num_experts} experts."
+        )
+    return ExpertsConfig(
+        num_experts,
+        per_token,
+        file.count(f"{arch}.expert_feed_forward_length"),
+        # Files of this architecture do not say it; llama.cpp computes them so.
+        normalises_weights=file.get(f"{arch}.expert_weights_norm", True),
+        layers=tuple(
+            layer
+            for layer in range(file.count(f"{arch}.block_count"))
+            if f"blk.{layer}.ffn_gate_inp.weight" in file.tensors
+        ),
+    )
 
 
 def _positive(file: GgufFile, key: str, default: float | None = None) -> float:

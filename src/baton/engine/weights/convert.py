@@ -9,11 +9,16 @@ from safetensors.torch import save_file
 
 from baton.engine.models.gguf_config import config_from_gguf
 from baton.engine.models.rope import RopeScaling
-from baton.engine.models.spec import ModelConfig
+from baton.engine.models.spec import ExpertsConfig, ModelConfig
 from baton.engine.weights.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_from_gguf
 from baton.engine.weights.gguf_weights import gguf_weights
 
-_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -55,6 +60,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": config.dtype,
     }
+    if config.experts is not None:
+        fields |= _expert_fields(config.experts, config.num_layers)
     if config.rope_scaling is not None:
         fields["rope_scaling"] = _rope_fields(config.rope_scaling)
     if config.architecture != "Qwen2ForCausalLM":
@@ -67,6 +74,16 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         ids = list(config.eos_token_ids)
         fields["eos_token_id"] = ids[0] if len(ids) == 1 else ids
     return fields
+
+
+def _expert_fields(experts: ExpertsConfig, num_layers: int) -> dict[str, Any]:
+    return {
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.num_experts_per_token,
+        "moe_intermediate_size": experts.intermediate_size,
+        "norm_topk_prob": experts.normalises_weights,
+        "mlp_only_layers": [layer for layer in range(num_layers) if layer not in experts.layers],
+    }
 
 
 def _rope_fields(scaling: RopeScaling) -> dict[str, Any]:

@@ -5,10 +5,13 @@ order that llama-architecture files give Q and K (their rotary embedding pairs n
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from baton.engine.errors import bad_model
@@ -22,13 +25,31 @@ _CONFIG_ONLY = ("rope_freqs.weight",)
 """Tensors that `models.gguf_config` has read."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of the file, or expert `index` of one that holds a layer's experts."""
+
+    tensor: gguf.ReaderTensor
+    index: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        whole = tuple(int(n) for n in reversed(self.tensor.shape))
+        return whole if self.index is None else whole[1:]
+
+    @property
+    def data(self) -> npt.NDArray[Any]:
+        data: npt.NDArray[Any] = self.tensor.data
+        return data if self.index is None else data[self.index]
+
+
 def gguf_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, tensor on the CPU): float16 and bfloat16 as stored, everything else float32.
 
     Everything but the values is checked before the first tensor is given out. `ModelError` names file and tensor.
     """
     file = open_gguf(path)
-    tensors: dict[str, gguf.ReaderTensor] = {}
+    entries: dict[str, _Entry] = {}
     for name, tensor in file.tensors.items():
         if name in _CONFIG_ONLY:
             continue
@@ -36,11 +57,16 @@ def gguf_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, torch.T
         if kind not in KNOWN_TYPES:
             known = ", ".join(KNOWN_TYPES)
             raise bad_model(path, f"tensor {name} has type {kind}, which is not supported; known: {known}.")
-        tensors[hf_name_of_gguf(name) or name] = tensor
-    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
+        known_name = hf_name_of_gguf(name) or name
+        if ".mlp.experts." in known_name:
+            for index in range(int(tensor.shape[-1])):
+                entries[known_name.replace(".experts.", f".experts.{index}.")] = _Entry(tensor, index)
+        else:
+            entries[known_name] = _Entry(tensor)
+    shapes = {name: entry.shape for name, entry in entries.items()}
     names = check_tensors(path, shapes, config)
     permuted_heads = _permuted_heads(file.need("general.architecture", str), config)
-    return _read(tensors, names, shapes, permuted_heads)
+    return _read(entries, names, permuted_heads)
 
 
 def interleaved_to_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -58,22 +84,19 @@ def _permuted_heads(arch: str, config: ModelConfig) -> dict[str, int]:
 
 
 def _read(
-    tensors: dict[str, gguf.ReaderTensor],
-    names: list[str],
-    shapes: dict[str, tuple[int, ...]],
-    permuted_heads: dict[str, int],
+    entries: dict[str, _Entry], names: list[str], permuted_heads: dict[str, int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
-        value = _dequantise(tensors[name]).reshape(shapes[name])
+        value = _dequantise(entries[name]).reshape(entries[name].shape)
         module = ".".join(name.split(".")[3:-1])
         heads = permuted_heads.get(module)
         yield name, value if heads is None else interleaved_to_halves(value, heads)
 
 
-def _dequantise(tensor: gguf.ReaderTensor) -> torch.Tensor:
-    kind = tensor.tensor_type.name
-    if kind in ("F32", "F16"):
-        return torch.from_numpy(np.array(tensor.data))
-    if kind == "BF16":
-        return torch.from_numpy(np.array(tensor.data)).view(torch.bfloat16)
-    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+def _dequantise(entry: _Entry) -> torch.Tensor:
+    kind = entry.tensor.tensor_type
+    if kind.name in ("F32", "F16"):
+        return torch.from_numpy(np.array(entry.data))
+    if kind.name == "BF16":
+        return torch.from_numpy(np.array(entry.data)).view(torch.bfloat16)
+    return torch.from_numpy(gguf.quants.dequantize(entry.data, kind))

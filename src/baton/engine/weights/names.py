@@ -22,6 +22,11 @@ _GGUF_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    # A layer's experts in one tensor [experts, out, in].
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 
 
@@ -51,7 +56,8 @@ def is_ignorable(name: str, config: ModelConfig) -> bool:
 
 
 def hf_name_of_gguf(name: str) -> str | None:
-    """The HF name of a GGUF tensor; None for one that the models here do not have."""
+    """The HF name of a GGUF tensor, without the number where all experts of a layer are one; None for one that the models
+    here do not have."""
     if name in _GGUF_TOP:
         return _GGUF_TOP[name]
     prefix, _, rest = name.partition(".")
