@@ -38,7 +38,7 @@ def test_manifests_commands_are_understood() -> None:
         ("--tp 2 --nnodes 2 --node-rank 2 --dist-init-addr h:1", "--node-rank must be below --nnodes (2), got 2"),
         ("--pp 2", "--pp-size 2: pipelines are not served yet"),
         ("--dp 2", "--dp-size 2: start several workers behind a router instead"),
-        ("--ep 2", "--ep-size 2: expert parallelism is not served"),
+        ("--ep 2", "--ep-size 2 must divide --tp-size 1"),
     ],
 )
 def test_parallel_layouts_that_cannot_be_are_named(flags: str, named: str) -> None:

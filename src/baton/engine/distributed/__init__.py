@@ -1,2 +1,2 @@
 """One model on several ranks: who they are (`topology`), how they meet and watch each other (`control`, `heartbeat`), what the leader
-tells the others (`messages`), how partial results meet (`collective`, `exchange`), and what a rank that only follows does (`follower`)."""
+tells the others (`messages`), how their tensors meet (`connect`: `exchange`, `links` or `collective`), and what a rank that only follows does (`follower`)."""

@@ -1,8 +1,8 @@
-"""How tensors of several ranks meet, through torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""How tensors of several ranks meet, through torch.distributed: NCCL between GPUs, gloo between CPUs where it is asked for.
 
 Sums are formed in the order of ranks on every rank, so the bits depend neither on timing nor on the size of a message (gloo's own
-all-reduce cuts a message into pieces that are summed in different orders). Neighbours: `exchange` does the same through
-shared memory, without leaving C. Not here: who the ranks are (`topology`) and how they found one another (`control`).
+all-reduce cuts a message into pieces that are summed in different orders). Neighbours: `links` does the same over TCP,
+`exchange` through shared memory without leaving C. Not here: who the ranks are (`topology`) and how they found one another (`control`).
 """
 
 from collections.abc import Sequence

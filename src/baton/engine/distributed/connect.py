@@ -1,4 +1,4 @@
-"""Which way the ranks' tensors meet: memory that all share, or a process group. Settled by all ranks together, step by step.
+"""Which way the ranks' tensors meet: shared memory, TCP links or a process group. Settled by all ranks together, step by step.
 
 Shared memory is for the C decoder with all ranks on one host; other CPU ranks have TCP links, GPUs NCCL. gloo only where it is asked for.
 """
