@@ -26,6 +26,7 @@ from baton.engine.models.decoder_cpu import CpuDecoder
 from baton.engine.models.hf_config import config_from_dict
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.vllm.args import engine_flags, vllm_args
 from baton.engine.weights.loader import open_weights
 
 LENGTHS = (40, 1, 23)
@@ -191,6 +192,8 @@ def test_a_checkpoint_without_one_expert_is_refused() -> None:
 def test_ep_size_is_for_ranks_and_experts(tmp_path: Path) -> None:
     with pytest.raises(FlagError, match="--ep-size 2 must divide --tp-size 3"):
         engine_args(["--model-path", "m", "--tp-size", "3", "--ep-size", "2"])
+    of_vllm = engine_flags(vllm_args(["--model", "m", "-tp", "2", "--enable-expert-parallel"]))
+    assert engine_args(of_vllm).ep_size == 2
     hf_model("llama").save_pretrained(tmp_path)
     flags = ["--model-path", str(tmp_path), "--tp-size", "2", "--ep-size", "2", "--max-total-tokens", "64"]
     with pytest.raises(ModelError, match="--ep-size 2: this LlamaForCausalLM has no experts"):

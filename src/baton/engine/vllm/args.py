@@ -155,7 +155,7 @@ class VllmArgs:
     tensor_parallel_size: int = flag(1, "tensor-parallel ranks", minimum=1)
     pipeline_parallel_size: int = flag(1, "pipeline stages; served as so many times more tensor-parallel ranks, with the same answers", minimum=1)
     data_parallel_size: int = flag(1, "data-parallel engines", minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
-    enable_expert_parallel: bool = flag(False, "experts spread over ranks", effect="no effect", reason="every rank computes a part of every expert")
+    enable_expert_parallel: bool = flag(False, "whole experts on each rank, instead of a part of every expert")
     distributed_executor_backend: str | None = flag(None, "ray: over the nodes that multi-node-serving.sh gathered; mp, uni: this node; none: ray where nodes are gathered", choices=("ray", "mp", "uni"))
     nnodes: int = flag(1, "nodes of this engine, each started with the same flags", minimum=1)
     node_rank: int = flag(0, "this node's number", minimum=0)
@@ -287,6 +287,8 @@ def engine_flags(args: VllmArgs, api_key: str | None = None) -> list[str]:
         found["sampling_defaults"] = "openai"
     if args.num_ranks > 1:
         found["tp_size"] = args.num_ranks
+        if args.enable_expert_parallel:
+            found["ep_size"] = args.num_ranks
     if args.nnodes > 1:
         found["dist_init_addr"] = f"{args.master_addr}:{args.master_port}"
     found["log_level_http"] = _access_log_level(args)
