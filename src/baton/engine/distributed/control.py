@@ -8,6 +8,7 @@ connection carries `Step`s one way. Not here: what ranks compute, heartbeats (`h
 import contextlib
 import errno
 import logging
+import secrets
 import select
 import socket
 import time
@@ -129,6 +130,7 @@ class Leader:
         self.controls: dict[int, Connection] = {}
         """By rank, complete after `gather_ranks`."""
         self.watches: dict[int, socket.socket] = {}
+        self._nonces: dict[int, str] = {}
 
     @property
     def address(self) -> tuple[str, int]:
@@ -198,7 +200,8 @@ class Leader:
             return
         rank = greeting.rank
         connection.peer = f"{self._topology.name_of(rank)} at {host}"
-        if rank in (self.controls if isinstance(greeting, Hello) else self.watches):
+        is_second = rank in self.controls if isinstance(greeting, Hello) else greeting.nonce != self._nonces.get(rank)
+        if is_second:
             self._refuse(connection, f"{self._topology.name_of(rank)} is there already; is --node-rank given twice?")
         elif isinstance(greeting, Watch):
             self.watches[rank] = connection.socket
@@ -208,6 +211,7 @@ class Leader:
                 self._refuse(connection, problem)
                 raise GroupError(problem)
             self.controls[rank] = connection
+            self._nonces[rank] = greeting.nonce
             hellos[rank] = greeting
             logger.info("%s joined: %d of %d ranks are there", connection.peer, len(hellos), self._topology.num_ranks)
 
@@ -234,9 +238,10 @@ def join(
     leader = f"the leader at {address[0]}:{address[1]}"
     control, watch = (Connection(sock, leader) for sock in _dial(address, 2, deadline, timeout_s, sleep))
     try:
-        control.send(hello)
+        nonce = secrets.token_hex(8)
+        control.send(msgspec.structs.replace(hello, nonce=nonce))
         with contextlib.suppress(GroupError):  # a leader that is gone by now has said why on the other connection
-            watch.send(Watch(topology.rank))
+            watch.send(Watch(topology.rank, nonce))
         return control, watch.socket, _welcome(control, deadline, timeout_s)
     except BaseException:
         control.close()

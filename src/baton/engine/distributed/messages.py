@@ -26,12 +26,15 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, array_like=True):
     """What must be equal on all ranks, by the name of the flag that decides it."""
     num_pages: int
     """KV pages this rank has room for."""
+    nonce: str = ""
+    """Ties the heartbeat connection to this one: two processes may claim to be the same rank."""
 
 
 class Watch(msgspec.Struct, tag="watch", frozen=True, array_like=True):
-    """A rank's first message on its heartbeat connection."""
+    """A rank's first message on its heartbeat connection; it comes after its `Hello`."""
 
     rank: int
+    nonce: str
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):
