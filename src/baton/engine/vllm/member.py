@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 
 from baton.engine.vllm.cluster import (
     CONNECT_TIMEOUT_S,
@@ -25,13 +26,15 @@ from baton.protocol.pod import local_path
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
+NODE = (sys.executable, "-m", "baton.engine.vllm.node")
+"""Gets this process's id and the flags."""
 
 
 class Member:
     """One membership, from joining to the end of the connection."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
+    def __init__(self, host: str, port: int, node: Sequence[str] = NODE) -> None:
+        self._host, self._port, self._command = host, port, node
         self._node: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
         self.has_joined = False
@@ -66,12 +69,13 @@ class Member:
             writer.close()
 
     async def _start_node(self, flags: list[str], writer: asyncio.StreamWriter) -> None:
-        command = [sys.executable, "-m", "baton.engine.vllm.node", str(os.getpid()), *map(_here, flags)]
+        command = [*self._command, str(os.getpid()), *map(_here, flags)]
         self._node = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
         self._watching = asyncio.create_task(_report_end(self._node, writer), name="watch-node")
 
     async def _stop_node(self) -> None:
-        node, self._node = self._node, None
+        """May be cancelled and called again: the node is forgotten only when it has ended."""
+        node = self._node
         if node is None or self._watching is None:
             return
         self._watching.cancel()
@@ -82,6 +86,7 @@ class Member:
             except TimeoutError:
                 node.kill()
                 await node.wait()
+        self._node = None
 
 
 def _here(flag: str) -> str:
