@@ -18,9 +18,8 @@ import torch
 from baton.engine.distributed.control import GroupError, Phases
 
 LINK_TIMEOUT_S = 30.0
-EAGER_BYTES = 64 << 10
-"""Messages up to this size lie in the sockets' buffers until the peer reads them, so everyone can send first. Larger ones take turns."""
-BUFFER_BYTES = 1 << 20
+EAGER_BYTES = 16 << 10
+"""Two messages of this size lie in a new socket's buffers until the peer reads them, so everyone can send first. Larger ones take turns."""
 _GREETING = struct.Struct("<16sI")  # the group's token, the dialling rank
 
 
@@ -109,7 +108,6 @@ def open_links(group: Phases) -> LinkCollective:
         link.settimeout(None)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     return LinkCollective(group.rank, links)
 
 
