@@ -3,8 +3,7 @@
     .venv/bin/python benchmarks/experts.py [--layers 1] [--threads 2] [--json FILE]
 
 Layers are those of Qwen3-30B-A3B (128 experts, 8 a token), weights are random, the vocabulary is small so that the head counts for
-little. Times are the best of several steps, because other work on the machine only ever adds to them. Bytes are the weights
-of the experts that a step needs: what a decode step has to read at least.
+little. Times are the best of several steps, because other work on the machine only ever adds to them.
 """
 
 import argparse

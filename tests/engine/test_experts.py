@@ -111,7 +111,7 @@ def ranks_and_one(size: int, ep_size: int, dtype: torch.dtype) -> tuple[list[tor
     return ThreadRanks[torch.Tensor](size).run(run), run(Shard())
 
 
-@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 1), (4, 2)])
 def test_ranks_together_are_one_model(size: int, ep_size: int) -> None:
     of_ranks, expected = ranks_and_one(size, ep_size, torch.float32)
     for logits in of_ranks:
@@ -120,7 +120,7 @@ def test_ranks_together_are_one_model(size: int, ep_size: int) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 4), (3, 1)])
+@pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (2, 2), (3, 3), (4, 4), (4, 1)])
 def test_ranks_in_c_give_the_bits_of_one(size: int, ep_size: int) -> None:
     of_ranks, expected = ranks_and_one(size, ep_size, torch.bfloat16)
     assert all(torch.equal(logits, expected) for logits in of_ranks)

@@ -60,6 +60,7 @@ class CpuDecoder:
         self._pool = kv_pool_struct(kv)
         self._linears: dict[str, PackedLinear] = {}
         self._experts: dict[str, list[PackedLinear]] = {}
+        self._arrays: list[ctypes.Array[LinearStruct]] = []  # what the model's structures point to
         self._vectors: dict[str, torch.Tensor] = {"rotary": rotary_table(config, num_positions, _CPU)}
         self._load(weights)
         self._model = self._build_model()
@@ -229,12 +230,12 @@ class CpuDecoder:
         return LayerStruct(**linears, **norms, experts=experts)
 
     def _build_expert_layer(self, prefix: str) -> ExpertLayerStruct:
-        parts = {
-            name: (LinearStruct * len(own))(*(one.struct for one in own))
-            for name in ("gate_up", "down")
-            for own in [self._experts[f"{prefix}experts.{name}"]]
-        }
-        return ExpertLayerStruct(router=self._linears[f"{prefix}router"].struct, **parts)
+        arrays = []
+        for name in ("gate_up", "down"):
+            own = self._experts[f"{prefix}experts.{name}"]
+            arrays.append((LinearStruct * len(own))(*(one.struct for one in own)))
+        self._arrays += arrays
+        return ExpertLayerStruct(self._linears[f"{prefix}router"].struct, *arrays)
 
     def _address(self, name: str) -> int | None:
         vector = self._vectors.get(name)
