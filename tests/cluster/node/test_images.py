@@ -69,3 +69,10 @@ def test_a_broken_catalogue_names_file_and_field(tmp_path: Path, text: str, prob
     with pytest.raises(CatalogueError, match=problem) as caught:
         Catalogue(tmp_path)
     assert str(tmp_path / "images.yaml") in str(caught.value)
+
+
+def test_files_that_an_image_has_at_fixed_paths(tmp_path: Path) -> None:
+    mounts = Catalogue(tmp_path).find("registry.example.com/ai/vllm:v0.10.0").resolve("127.9.0.1").mounts
+    [(target, source)] = mounts.items()
+    assert target == "/vllm-workspace/examples"
+    assert os.access(Path(source) / "online_serving" / "multi-node-serving.sh", os.X_OK)

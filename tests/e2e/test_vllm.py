@@ -1,0 +1,93 @@
+"""vLLM's commands as its manifests and guides call them: one server, and one model over two nodes with its helper script."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from tests.e2e.service import free_port, request
+
+import baton
+
+STANDINS = Path(baton.__file__).parent / "standins"
+SCRIPT = STANDINS / "vllm/examples/online_serving/multi-node-serving.sh"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@contextlib.contextmanager
+def started(directory: Path, name: str, command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A shell command as in a pod of a vLLM image, with a /tmp of its own; ended with all it started."""
+    own = directory / name
+    own.mkdir()
+    path = f"{STANDINS / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(STANDINS), "TMPDIR": str(own)}
+    with (directory / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["sh", "-c", command], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def wait_healthy(url: str, directory: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if request(url, "GET", "/health")[0] == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError("\n".join(one.read_text() for one in directory.glob("*.log")))
+
+
+def answer(url: str, model: str) -> str:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    done = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=16, temperature=0)  # type: ignore[arg-type]
+    assert done.id.startswith("chatcmpl-")
+    return str(done.choices[0].message.content)
+
+
+@pytest.mark.timeout(120)
+def test_vllm_serve(demo_model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = (
+        f"exec vllm serve {demo_model} --host 127.0.0.1 --port {port} --served-model-name llm alias --max-model-len 2k"
+    )
+    with started(tmp_path, "server", command) as server:
+        wait_healthy(url, tmp_path)
+        assert "Paris" in answer(url, "alias")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        assert [(one.id, one.max_model_len) for one in client.models.list().data] == [("llm", 2000), ("alias", 2000)]  # type: ignore[attr-defined]
+        server.terminate()
+        assert server.wait(20) == 0
+
+
+@pytest.mark.timeout(180)
+def test_a_model_over_two_nodes_as_the_manifest_starts_it(demo_model: Path, tmp_path: Path) -> None:
+    port, ray_port = free_port(), free_port()
+    url = f"http://127.0.0.1:{port}"
+    lead = f"bash {SCRIPT} leader --ray_cluster_size=2 --ray_port={ray_port}"
+    serve = f"python3 -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port {port} --model {demo_model} --tensor-parallel-size 2"
+    work = f"bash {SCRIPT} worker --ray_address=127.0.0.1 --ray_port={ray_port}"
+    lead = f"{lead}; {serve}; echo ended with $?"
+    with started(tmp_path, "worker", work) as worker, started(tmp_path, "leader", lead):
+        wait_healthy(url, tmp_path)
+        assert "Paris" in answer(url, str(demo_model))
+        log = tmp_path / "leader.log"
+        assert "All ray workers are active and the ray cluster is initialized successfully." in log.read_text()
+        assert "2 ranks over 2 nodes, as node 0" in log.read_text()
+        os.killpg(worker.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while "ended with 1" not in log.read_text():
+            assert time.monotonic() < deadline, f"the server outlives its node\n{log.read_text()}"
+            time.sleep(0.1)
