@@ -31,7 +31,9 @@ def test_float32_ranks_give_the_greedy_tokens_of_one(model: Path, ep_size: int) 
 
 
 @pytest.mark.skipif(load_kernels() is None, reason="no C kernels on this machine")
-@pytest.mark.parametrize(("collective", "size", "ep_size"), [("auto", 2, 1), ("auto", 4, 4), ("gloo", 2, 2)])
+@pytest.mark.parametrize(
+    ("collective", "size", "ep_size"), [("auto", 2, 1), ("auto", 4, 4), ("tcp", 3, 3), ("gloo", 2, 2)]
+)
 def test_bfloat16_ranks_give_the_bits_of_one(
     model: Path, collective: str, size: int, ep_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

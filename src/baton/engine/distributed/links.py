@@ -135,4 +135,5 @@ def _family(host: str) -> socket.AddressFamily:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return tensor.view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
+    # Flat first: where a dimension has size 1 its stride may be anything.
+    return tensor.view(-1).view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
