@@ -25,7 +25,7 @@ from baton.engine.models.decoder import Decoder, TorchDecoder
 from baton.engine.models.decoder_cpu import CpuDecoder
 from baton.engine.models.hf_config import config_from_dict
 from baton.engine.models.shard import Shard, local_sizes
-from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.runner import ModelRunner, computes_in_c, kv_from_pages, kv_page_bytes
 from baton.engine.vllm.args import engine_flags, vllm_args
 from baton.engine.weights.loader import open_weights
 
@@ -202,3 +202,12 @@ def test_ep_size_is_for_ranks_and_experts(tmp_path: Path) -> None:
     load_model(engine_args(flags), CPU)  # one rank of a CPU computes what two would
     with pytest.raises(ModelError, match="--ep-size 16: the model has 8 experts"):
         load_model(engine_args([*flags, "--tp-size", "16", "--ep-size", "16"]), CPU)
+
+
+@needs_kernels
+def test_what_the_kernels_cannot_deal_out_is_left_to_torch() -> None:
+    config = baton_config(hf_model("qwen3-moe"))
+    assert computes_in_c("auto", config, torch.bfloat16, CPU, 4, 4)
+    assert not computes_in_c("auto", config, torch.bfloat16, CPU, 4, 2)
+    with pytest.raises(ModelError, match="--attention-backend cpu needs an --ep-size of 1 or 4, got 2"):
+        computes_in_c("cpu", config, torch.bfloat16, CPU, 4, 2)

@@ -83,7 +83,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
     shard, ranks_on_host, memory = Shard(), 1, None
     num_ranks = 1 if group is None else group.topology.num_ranks
-    ep_size = choose_ep_size(args, config, num_ranks)
+    ep_size = choose_ep_size(args, config, device, num_ranks)
     in_c = computes_in_c(args.own_attention_backend, config, dtype, device, num_ranks, ep_size)
     num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, num_ranks)
     if group is not None:
@@ -129,7 +129,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     )  # fmt: skip
 
 
-def choose_ep_size(args: EngineArgs, config: ModelConfig, num_ranks: int) -> int:
+def choose_ep_size(args: EngineArgs, config: ModelConfig, device: torch.device, num_ranks: int) -> int:
     """--ep-size, or less where fewer ranks run than --tp-size asks for. Raises `ModelError`."""
     if args.ep_size == 1:
         return 1
@@ -140,6 +140,10 @@ def choose_ep_size(args: EngineArgs, config: ModelConfig, num_ranks: int) -> int
     ep_size = math.gcd(args.ep_size, num_ranks)
     if ep_size != args.ep_size:
         logger.warning("--ep-size %d: %d, since %d rank(s) run", args.ep_size, ep_size, num_ranks)
+    if device.type == "cpu" and ep_size not in (1, num_ranks):
+        logger.warning(
+            "--ep-size %d of %d ranks is computed by torch; the C kernels know 1 and %d", ep_size, num_ranks, num_ranks
+        )
     return ep_size
 
 
