@@ -1,6 +1,7 @@
 """vLLM's commands as its manifests and guides call them: one server, and one model over two nodes with its helper script."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -91,3 +93,32 @@ def test_a_model_over_two_nodes_as_the_manifest_starts_it(demo_model: Path, tmp_
         while "ended with 1" not in log.read_text():
             assert time.monotonic() < deadline, f"the server outlives its node\n{log.read_text()}"
             time.sleep(0.1)
+
+
+@pytest.mark.timeout(120)
+def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol(demo_model: Path, tmp_path: Path) -> None:
+    """The proxy asks the prefill first and takes its `kv_transfer_params` to the decode, as vLLM's example proxy does."""
+    ports = {role: free_port() for role in ("kv_producer", "kv_consumer")}
+    urls = {role: f"http://127.0.0.1:{port}" for role, port in ports.items()}
+
+    def command(role: str) -> str:
+        config = json.dumps({"kv_connector": "NixlConnector", "kv_role": role})
+        serve = f"vllm serve {demo_model} --served-model-name llm --host 127.0.0.1 --port {ports[role]}"
+        return f"VLLM_NIXL_SIDE_CHANNEL_PORT={free_port()} exec {serve} --kv-transfer-config '{config}'"
+
+    def ask(role: str, **fields: object) -> dict[str, Any]:
+        body = {"model": "llm", "messages": QUESTION, "max_tokens": 24, "temperature": 0, **fields}
+        status, answer = request(urls[role], "POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        return dict(json.loads(answer))
+
+    with started(tmp_path, "prefill", command("kv_producer")), started(tmp_path, "decode", command("kv_consumer")):
+        for url in urls.values():
+            wait_healthy(url, tmp_path)
+        wanted = {"do_remote_decode": True, "do_remote_prefill": False}
+        params = ask("kv_producer", max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
+        handed = ask("kv_consumer", kv_transfer_params=params)["choices"][0]["message"]["content"]
+        metrics = request(urls["kv_producer"], "GET", "/metrics")[1]
+        assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="llm"} 1.0' in str(metrics)
+        assert "Paris" in handed
+        assert handed == ask("kv_consumer")["choices"][0]["message"]["content"], "the same as without a prefill server"

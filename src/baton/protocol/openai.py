@@ -76,6 +76,8 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     bootstrap_host: str | list[str] | None = None
     bootstrap_port: int | list[int | None] | None = None
     bootstrap_room: int | list[int] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    """vLLM's; read by its dialect."""
     baton_resume: Any = None
     """`hops.RESUME_FIELD`."""
 

@@ -29,7 +29,6 @@ REFUSED_FIELDS = openai.REFUSED_FIELDS | {
     "logits_processors": "code from a request is never run",
     "vllm_xargs": "there are no extensions that read it",
     "prompt_embeds": "prompts are text or token ids",
-    "kv_transfer_params": "vLLM's hand-over is not served yet",
     "documents": "give them to the template with chat_template_kwargs",
     "chat_template": "the server's --chat-template is used",
     "mm_processor_kwargs": "only text is served",

@@ -1,5 +1,7 @@
 """POST /v1/chat/completions: messages through the model's template, streamed or not; the dialect says in which shape."""
 
+from typing import Any
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,7 +29,7 @@ from baton.engine.server.openai_common import (
     sampling_of,
     usage_of,
 )
-from baton.engine.server.start import start_job
+from baton.engine.server.start import start_early, start_job
 from baton.protocol.errors import bad_request
 from baton.protocol.hops import tokens_comment
 from baton.protocol.openai import ChatCompletionRequest, Usage
@@ -53,10 +55,14 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
         extra_key=extra_key_of(body),
     )
     hop = hop_of(request, raw, prompt.sampling.n)
-    submits = submits_of(ctx, [prompt], handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
+    handover = handover_of(ctx, body)
+    submits = submits_of(ctx, [prompt], handover, hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
     head = head_of(ctx, "chat", request_id, hop, model, raw)
     writer = ChatWriter(ctx, body, hop, head, len(prompt.input_ids))
+    early = ctx.dialect.early_answer(ctx.args, handover)
+    if early is not None:
+        return start_early(ctx, submits, writer, early, request_id=request_id)
     stream_interval = ctx.args.stream_interval if body.stream else None
     return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
@@ -109,10 +115,10 @@ class ChatWriter:
         self._needs_roles = hop.resume is None
         self._options = body.stream_options
 
-    def document(self, job: Job) -> bytes:
+    def document(self, job: Job, early: dict[str, Any] | None = None) -> bytes:
         choices = [Choice(one, one.text, self._asked(one.logprobs), one.finish) for one in job.generations]
         usage = usage_of(self._ctx, self._body, job.generations)
-        return msgspec.json.encode(self._dialect.chat_document(self._head, choices, usage))
+        return msgspec.json.encode(self._dialect.chat_document(self._head, choices, usage, early))
 
     def events(self, changed: list[Generation]) -> bytes:
         parts: list[bytes] = []

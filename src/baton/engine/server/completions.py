@@ -1,5 +1,7 @@
 """POST /v1/completions: text or token ids, one prompt or several, echo, log-probabilities, streamed or not."""
 
+from typing import Any
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,7 +30,7 @@ from baton.engine.server.openai_common import (
     sampling_of,
     usage_of,
 )
-from baton.engine.server.start import start_job
+from baton.engine.server.start import start_early, start_job
 from baton.protocol.errors import bad_request
 from baton.protocol.hops import tokens_comment
 from baton.protocol.openai import CompletionRequest
@@ -64,10 +66,14 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
         for input_ids in await _input_ids(ctx, body)
     ]
     hop = hop_of(request, raw, len(prompts) * sampling.n)
-    submits = submits_of(ctx, prompts, handover_of(body), hop, rid=body.rid, priority=body.priority or 0)
+    handover = handover_of(ctx, body)
+    submits = submits_of(ctx, prompts, handover, hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
     head = head_of(ctx, "completion", request_id, hop, model, raw)
     writer = CompletionWriter(ctx, body, hop, head, sum(len(one.input_ids) for one in prompts))
+    early = ctx.dialect.early_answer(ctx.args, handover)
+    if early is not None:
+        return start_early(ctx, submits, writer, early, request_id=request_id)
     stream_interval = ctx.args.stream_interval if body.stream else None
     return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
 
@@ -104,13 +110,13 @@ class CompletionWriter:
         self._num_sent_chars: dict[int, int] = {}
         """Index -> characters of the choice sent so far, the echo included; present once its first event is out."""
 
-    def document(self, job: Job) -> bytes:
+    def document(self, job: Job, early: dict[str, Any] | None = None) -> bytes:
         choices = []
         for one in job.generations:
             positions = (one.input_logprobs if self._body.echo else []) + one.logprobs
             choices.append(Choice(one, self._echo(one) + one.text, self._asked(positions), one.finish))
         usage = usage_of(self._ctx, self._body, job.generations)
-        return msgspec.json.encode(self._dialect.completion_document(self._head, choices, usage))
+        return msgspec.json.encode(self._dialect.completion_document(self._head, choices, usage, early))
 
     def events(self, changed: list[Generation]) -> bytes:
         parts: list[bytes] = []

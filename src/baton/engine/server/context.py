@@ -1,5 +1,6 @@
 """What every route of one worker shares; built once by `main` (or a test) before the first request."""
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class ServerContext:
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     """Of the OpenAI routes, under SamplingParams' names."""
     dialect: Dialect = SGLANG
+    background: set[asyncio.Task[None]] = field(default_factory=set)
+    """Requests that were answered before they ended."""
 
     @property
     def stage(self) -> Stage:

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from baton.engine.args import EngineArgs
 from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.generation import Generation
+from baton.engine.server.handover import Handover
 from baton.engine.server.metrics import RequestObserver, StateCollector
 from baton.protocol.errors import ErrorInfo
 from baton.protocol.openai import Usage
@@ -74,6 +75,12 @@ class Dialect(Protocol):
     def served_model(self, args: EngineArgs, asked: str | None) -> str | None:
         """The name to answer with; None for a model that is not served."""
 
+    def handover(self, args: EngineArgs, fields: Mapping[str, Any]) -> Handover:
+        """Where a request (its body under our names) meets its other half."""
+
+    def early_answer(self, args: EngineArgs, handover: Handover) -> dict[str, Any] | None:
+        """What a prefill worker answers before it computes (`kv_transfer_params`); None: it answers when it has computed."""
+
     def response_id(self, kind: Kind, request_id: str) -> str: ...
 
     def logprob_vocabulary(self, raw: Mapping[str, Any], vocabulary: Vocabulary | None) -> Vocabulary | None:
@@ -82,14 +89,19 @@ class Dialect(Protocol):
     def wants_usage(self, asked: bool) -> bool:
         """Whether a stream ends with its usage."""
 
-    def chat_document(self, head: Head, choices: Sequence[Choice], usage: Usage) -> object: ...
+    def chat_document(
+        self, head: Head, choices: Sequence[Choice], usage: Usage, early: dict[str, Any] | None = None
+    ) -> object:
+        """`early`: what `early_answer` said."""
 
     def chat_role_chunk(self, head: Head, index: int) -> object:
         """The first event of a choice."""
 
     def chat_chunks(self, head: Head, choice: Choice, usage: Usage | None) -> Sequence[object]: ...
 
-    def completion_document(self, head: Head, choices: Sequence[Choice], usage: Usage) -> object: ...
+    def completion_document(
+        self, head: Head, choices: Sequence[Choice], usage: Usage, early: dict[str, Any] | None = None
+    ) -> object: ...
 
     def completion_chunk(self, head: Head, choice: Choice, usage: Usage | None) -> object: ...
 

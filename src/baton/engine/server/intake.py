@@ -16,6 +16,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from baton.engine.server.context import ServerContext
+from baton.engine.server.handover import Handover
 from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.hops import REQUEST_ID_HEADER, RESUME_FIELD, TIMEOUT_HEADER, TOKEN_IDS_HEADER, Resume
 from baton.protocol.rank import Bootstrap, Submit
@@ -42,15 +43,6 @@ class Prompt:
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] | None = None
     extra_key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """bootstrap_host, bootstrap_port and bootstrap_room as they came: one value for all prompts, or one each."""
-
-    host: str | list[str] | None
-    port: int | list[int | None] | None
-    room: int | list[int] | None
 
 
 @dataclass(frozen=True, slots=True)

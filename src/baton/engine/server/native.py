@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
 from baton.engine.server.generation import Generation, Job, cached_details
+from baton.engine.server.handover import Handover
 from baton.engine.server.intake import (
-    Handover,
     Hop,
     Prompt,
     convert,

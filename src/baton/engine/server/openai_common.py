@@ -4,10 +4,13 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from baton.engine.server.context import ServerContext
 from baton.engine.server.dialect import Head, Kind
 from baton.engine.server.generation import Generation, cached_details
-from baton.engine.server.intake import Handover, Hop, join_keys
+from baton.engine.server.handover import Handover
+from baton.engine.server.intake import Hop, join_keys
 from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.openai import (
     MAX_TOP_LOGPROBS,
@@ -61,8 +64,8 @@ def sampling_of(ctx: ServerContext, body: OpenAIRequest, max_tokens: int | None)
     return SamplingParams(max_new_tokens=max_tokens, **given)
 
 
-def handover_of(body: OpenAIRequest) -> Handover:
-    return Handover(body.bootstrap_host, body.bootstrap_port, body.bootstrap_room)
+def handover_of(ctx: ServerContext, body: OpenAIRequest) -> Handover:
+    return ctx.dialect.handover(ctx.args, msgspec.structs.asdict(body))
 
 
 def extra_key_of(body: OpenAIRequest) -> str | None:

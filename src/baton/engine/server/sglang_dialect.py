@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from baton.engine.args import EngineArgs
 from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.dialect import Choice, Head, Kind
+from baton.engine.server.handover import Handover
 from baton.engine.server.logprobs import completion_logprobs, token_bytes, token_text
 from baton.engine.server.metrics import RequestMetrics, SchedulerMetrics
 from baton.protocol.errors import ErrorInfo
@@ -47,6 +48,13 @@ class SglangDialect:
             return args.name
         return asked if asked.rstrip("/") == args.name.rstrip("/") else None
 
+    def handover(self, args: EngineArgs, fields: Mapping[str, Any]) -> Handover:
+        """The fields that SGLang's routers add."""
+        return Handover(fields.get("bootstrap_host"), fields.get("bootstrap_port"), fields.get("bootstrap_room"))
+
+    def early_answer(self, args: EngineArgs, handover: Handover) -> None:
+        return None
+
     def response_id(self, kind: Kind, request_id: str) -> str:
         return request_id
 
@@ -56,7 +64,9 @@ class SglangDialect:
     def wants_usage(self, asked: bool) -> bool:
         return asked
 
-    def chat_document(self, head: Head, choices: Sequence[Choice], usage: Usage) -> ChatCompletion:
+    def chat_document(
+        self, head: Head, choices: Sequence[Choice], usage: Usage, early: dict[str, Any] | None = None
+    ) -> ChatCompletion:
         found = [
             ChatChoice(
                 one.index,
@@ -86,7 +96,9 @@ class SglangDialect:
     def _chat_chunk(self, head: Head, choice: ChatChunkChoice, usage: Usage | None) -> ChatChunk:
         return ChatChunk(head.id, "chat.completion.chunk", head.created, head.model, [choice], usage)
 
-    def completion_document(self, head: Head, choices: Sequence[Choice], usage: Usage | None) -> Completion:
+    def completion_document(
+        self, head: Head, choices: Sequence[Choice], usage: Usage | None, early: dict[str, Any] | None = None
+    ) -> Completion:
         found = [_completion_choice(head, one) for one in choices]
         return Completion(head.id, "text_completion", head.created, head.model, found, usage)
 

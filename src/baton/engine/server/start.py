@@ -1,14 +1,17 @@
 """Hand sequences to the rank and make the response that will carry their outcome; log requests."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, Protocol
 
 from starlette.responses import Response
 
 from baton.engine.server.context import ServerContext
 from baton.engine.server.generation import Job
 from baton.engine.server.respond import JobResponse, Writer
+from baton.protocol.hops import REQUEST_ID_HEADER
 from baton.protocol.rank import Submit
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,42 @@ def start_job(
     return JobResponse(
         job, writer, ctx.dialect, request_id=request_id, stage=ctx.stage, on_end=partial(log_finish, ctx)
     )
+
+
+class EarlyWriter(Protocol):
+    """Writes a document of a job that has not ended."""
+
+    def document(self, job: Job, early: dict[str, Any] | None = None) -> bytes: ...
+
+
+def start_early(
+    ctx: ServerContext, submits: Sequence[Submit | None], writer: EarlyWriter, early: dict[str, Any], *, request_id: str
+) -> Response:
+    """Answer now; the sequences go on for whoever the answer leads here, until their own time-outs."""
+    job = ctx.client.submit(submits, stream_interval=None)
+    if ctx.args.log_requests:
+        for one in submits:
+            if one is not None:
+                log_submit(ctx, one)
+    task = asyncio.create_task(_outlive(ctx, job), name=f"early-{request_id}")
+    ctx.background.add(task)
+    task.add_done_callback(ctx.background.discard)
+    body = writer.document(job, early)
+    return Response(body, 200, {REQUEST_ID_HEADER: request_id}, "application/json")
+
+
+async def _outlive(ctx: ServerContext, job: Job) -> None:
+    try:
+        # The rank ends every sequence: after its hand-over, or when nobody came for it.
+        while not job.is_done:
+            await job.changed()
+    except TimeoutError:
+        job.close("deadline exceeded")
+    for one in job.generations:
+        if one.error is not None:
+            logger.warning("a hand-over failed rid=%s: %s", one.rid, one.error.message)
+    if ctx.args.log_requests:
+        log_finish(ctx, job)
 
 
 def log_submit(ctx: ServerContext, submit: Submit) -> None:

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry
 from baton.engine.args import EngineArgs
 from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.dialect import Choice, Head, Kind
+from baton.engine.server.handover import Handover
+from baton.engine.server.kv_params import handover_of_params, params_of_answer
 from baton.engine.server.logprobs import completion_logprobs, token_bytes, token_text
 from baton.engine.server.vllm_metrics import VllmRequestMetrics, VllmSchedulerMetrics
 from baton.protocol.errors import ErrorInfo, bad_request
@@ -46,6 +48,8 @@ class VllmDialect:
     tokens_as_token_ids: bool = False
     always_usage: bool = False
     tracks_load: bool = False
+    own_host: str = "127.0.0.1"
+    """Where decode servers reach this one, when it is a kv_producer."""
 
     name: Literal["vllm"] = "vllm"
     refused_fields = REFUSED_FIELDS
@@ -73,6 +77,13 @@ class VllmDialect:
         names = self.served_names or (args.name,)
         return names[0] if asked is None or asked in names else None
 
+    def handover(self, args: EngineArgs, fields: Mapping[str, Any]) -> Handover:
+        own = (self.own_host, args.disaggregation_bootstrap_port)
+        return handover_of_params(args.disaggregation_mode, fields.get("kv_transfer_params"), own)
+
+    def early_answer(self, args: EngineArgs, handover: Handover) -> dict[str, Any] | None:
+        return params_of_answer(handover) if args.disaggregation_mode == "prefill" else None
+
     def response_id(self, kind: Kind, request_id: str) -> str:
         return f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request_id}"
 
@@ -83,18 +94,23 @@ class VllmDialect:
     def wants_usage(self, asked: bool) -> bool:
         return asked or self.always_usage
 
-    def chat_document(self, head: Head, choices: Sequence[Choice], usage: Usage) -> ChatCompletion:
+    def chat_document(
+        self, head: Head, choices: Sequence[Choice], usage: Usage, early: dict[str, Any] | None = None
+    ) -> ChatCompletion:
         found = [
             ChatChoice(
                 one.index,
                 ChatMessage(self.response_role, None, one.text, []),
                 _chat_logprobs(head, one),
-                one.finish_reason,
+                one.finish_reason if early is None else "length",
                 _stop_reason(one),
             )
             for one in choices
         ]
-        return ChatCompletion(head.id, "chat.completion", head.created, head.model, found, _usage(usage))
+        written = _usage(usage)
+        return ChatCompletion(
+            head.id, "chat.completion", head.created, head.model, found, written, kv_transfer_params=early
+        )
 
     def chat_role_chunk(self, head: Head, index: int) -> ChatChunk:
         delta = DeltaMessage(self.response_role, "")
@@ -115,12 +131,20 @@ class VllmDialect:
         written = UNSET if usage is None else _usage(usage)
         return ChatChunk(head.id, "chat.completion.chunk", head.created, head.model, [choice], written)
 
-    def completion_document(self, head: Head, choices: Sequence[Choice], usage: Usage) -> Completion:
+    def completion_document(
+        self, head: Head, choices: Sequence[Choice], usage: Usage, early: dict[str, Any] | None = None
+    ) -> Completion:
         found = [
-            CompletionChoice(one.index, one.text, _completion_logprobs(head, one), one.finish_reason, _stop_reason(one))
+            CompletionChoice(
+                one.index,
+                one.text,
+                _completion_logprobs(head, one),
+                one.finish_reason if early is None else "length",
+                _stop_reason(one),
+            )
             for one in choices
         ]
-        return Completion(head.id, "text_completion", head.created, head.model, found, _usage(usage))
+        return Completion(head.id, "text_completion", head.created, head.model, found, _usage(usage), early)
 
     def completion_chunk(self, head: Head, choice: Choice, usage: Usage | None) -> CompletionChunk:
         found = CompletionChunkChoice(

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from baton.engine.args import engine_args
 from baton.engine.flags import (
@@ -38,6 +38,8 @@ _LORA = f"LoRA is {_LATER}"
 _TEXT = "only text is served"
 _MEMORY = "the KV pool lies on the device; for host memory see Baton's --enable-hierarchical-cache"
 _SPECULATIVE = "decoding is not speculative; answers are the same"
+SIDE_CHANNEL_PORT = 5600
+"""NixlConnector's."""
 _LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 _SHORT = {
     "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-n": "--nnodes",
@@ -167,7 +169,7 @@ class VllmArgs:
     disable_custom_all_reduce: bool = flag(False, "all-reduce kernels", effect="no effect", reason="kernels are chosen by the device")
 
     # Prefill and decode apart; observability.
-    kv_transfer_config: str | None = flag(None, "JSON: prefill and decode on separate servers", effect="refused", reason=f"vLLM's hand-over is {_LATER}; start the workers as sglang.launch_server --disaggregation-mode prefill|decode behind Baton's router")
+    kv_transfer_config: str | None = flag(None, 'JSON: prefill and decode on separate servers: {"kv_connector": ANY, "kv_role": "kv_producer" or "kv_consumer"}; a producer meets consumers at VLLM_NIXL_SIDE_CHANNEL_HOST:VLLM_NIXL_SIDE_CHANNEL_PORT (5600)')
     kv_events_config: str | None = flag(None, 'JSON: publish what the prefix cache holds: {"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:5557", ...}')
     otlp_traces_endpoint: str | None = flag(None, "OpenTelemetry", effect="not served", reason="no traces are sent")
     collect_detailed_traces: str | None = flag(None, "OpenTelemetry", effect="not served", reason="no traces are sent")
@@ -238,6 +240,10 @@ def _problems(args: VllmArgs) -> list[str]:
         problems.append("--max-logprobs -1 (the whole vocabulary) is not served; give a number")
     if args.node_rank >= args.nnodes:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
+    try:
+        kv_mode(args)
+    except ValueError as error:
+        problems.append(f"--kv-transfer-config: {error}")
     if problems:
         return problems
     try:
@@ -245,6 +251,27 @@ def _problems(args: VllmArgs) -> list[str]:
     except FlagError as error:  # under our names: their values come from these flags
         problems += error.problems
     return problems
+
+
+def kv_mode(args: VllmArgs) -> Literal["null", "prefill", "decode"]:
+    """This server's part. Raises ValueError for a --kv-transfer-config that cannot be."""
+    if args.kv_transfer_config is None:
+        return "null"
+    try:
+        value = json.loads(args.kv_transfer_config)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    role = value.get("kv_role")
+    if role == "kv_both":
+        raise ValueError(
+            "kv_role kv_both is not served: a worker here either prefills or decodes; say kv_producer on the prefill servers "
+            "and kv_consumer on the decode servers"
+        )
+    if role not in ("kv_producer", "kv_consumer"):
+        raise ValueError(f"kv_role must be kv_producer or kv_consumer, got {role!r}")
+    return "prefill" if role == "kv_producer" else "decode"
 
 
 def token_count(text: str) -> int:
@@ -257,7 +284,7 @@ def token_count(text: str) -> int:
     return int(value)
 
 
-def engine_flags(args: VllmArgs, api_key: str | None = None) -> list[str]:
+def engine_flags(args: VllmArgs, api_key: str | None = None, side_channel_port: int = SIDE_CHANNEL_PORT) -> list[str]:
     """The same settings as flags of our worker."""
     found: dict[str, Any] = {
         ours: getattr(args, theirs) for theirs, ours in _SAME.items() if is_given(args, theirs) or theirs == "port"
@@ -289,6 +316,11 @@ def engine_flags(args: VllmArgs, api_key: str | None = None) -> list[str]:
         found["tp_size"] = args.num_ranks
         if args.enable_expert_parallel:
             found["ep_size"] = args.num_ranks
+    mode = kv_mode(args)
+    if mode != "null":
+        found["disaggregation_mode"] = mode
+    if mode == "prefill":
+        found["disaggregation_bootstrap_port"] = side_channel_port
     if args.nnodes > 1:
         found["dist_init_addr"] = f"{args.master_addr}:{args.master_port}"
     found["log_level_http"] = _access_log_level(args)

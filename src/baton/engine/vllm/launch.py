@@ -18,10 +18,10 @@ from baton.engine.args import engine_args
 from baton.engine.flags import effect_notes
 from baton.engine.launch import run_worker
 from baton.engine.server.vllm_dialect import VllmDialect
-from baton.engine.vllm.args import VllmArgs, engine_flags, parse_vllm_args
+from baton.engine.vllm.args import SIDE_CHANNEL_PORT, VllmArgs, engine_flags, parse_vllm_args
 from baton.engine.vllm.cluster import ClusterError, Ended, Lead, Line, Message, Nodes, Start, known_head, own_host
 from baton.protocol.errors import BatonError
-from baton.protocol.pod import manifest_path
+from baton.protocol.pod import listen_host, manifest_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,11 @@ def api_server_main(argv: Sequence[str]) -> int:
     logging.basicConfig(level="INFO", format="%(asctime)s vllm %(name)s %(levelname)s %(message)s")
     for note in notes(args):
         logger.warning("%s", note)
-    flags = engine_flags(args, api_key=args.api_key or os.environ.get("VLLM_API_KEY"))
+    port = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT", str(SIDE_CHANNEL_PORT))
+    if not port.isdigit():
+        sys.stderr.write(f"vllm: VLLM_NIXL_SIDE_CHANNEL_PORT must be a port number, got {port!r}\n")
+        return 2
+    flags = engine_flags(args, args.api_key or os.environ.get("VLLM_API_KEY"), int(port))
     try:
         if args.node_rank > 0:
             from baton.engine.distributed.node import run_node
@@ -73,7 +77,20 @@ def dialect_of(args: VllmArgs) -> VllmDialect:
         tokens_as_token_ids=args.return_tokens_as_token_ids,
         always_usage=args.enable_force_include_usage,
         tracks_load=args.enable_server_load_tracking,
+        own_host=os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST") or _reachable(listen_host(args.host or "0.0.0.0")),
     )
+
+
+def _reachable(host: str) -> str:
+    """An address of this machine where `host` means all of them."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as one:
+        try:
+            one.connect(("192.0.2.1", 9))  # sends nothing; asks for the address of the way out
+            return str(one.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 def notes(args: VllmArgs) -> list[str]:
