@@ -96,15 +96,18 @@ def test_a_model_over_two_nodes_as_the_manifest_starts_it(demo_model: Path, tmp_
 
 
 @pytest.mark.timeout(120)
-def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol(demo_model: Path, tmp_path: Path) -> None:
+def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol_and_behind_our_router(
+    demo_model: Path, tmp_path: Path
+) -> None:
     """The proxy asks the prefill first and takes its `kv_transfer_params` to the decode, as vLLM's example proxy does."""
-    ports = {role: free_port() for role in ("kv_producer", "kv_consumer")}
+    ports = {role: free_port() for role in ("kv_producer", "kv_consumer", "router")}
+    side_channel_port = free_port()
     urls = {role: f"http://127.0.0.1:{port}" for role, port in ports.items()}
 
     def command(role: str) -> str:
         config = json.dumps({"kv_connector": "NixlConnector", "kv_role": role})
         serve = f"vllm serve {demo_model} --served-model-name llm --host 127.0.0.1 --port {ports[role]}"
-        return f"VLLM_NIXL_SIDE_CHANNEL_PORT={free_port()} exec {serve} --kv-transfer-config '{config}'"
+        return f"VLLM_NIXL_SIDE_CHANNEL_PORT={side_channel_port} exec {serve} --kv-transfer-config '{config}'"
 
     def ask(role: str, **fields: object) -> dict[str, Any]:
         body = {"model": "llm", "messages": QUESTION, "max_tokens": 24, "temperature": 0, **fields}
@@ -113,8 +116,8 @@ def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol(demo_model:
         return dict(json.loads(answer))
 
     with started(tmp_path, "prefill", command("kv_producer")), started(tmp_path, "decode", command("kv_consumer")):
-        for url in urls.values():
-            wait_healthy(url, tmp_path)
+        for role in ("kv_producer", "kv_consumer"):
+            wait_healthy(urls[role], tmp_path)
         wanted = {"do_remote_decode": True, "do_remote_prefill": False}
         params = ask("kv_producer", max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
         handed = ask("kv_consumer", kv_transfer_params=params)["choices"][0]["message"]["content"]
@@ -122,3 +125,10 @@ def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol(demo_model:
         assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="llm"} 1.0' in str(metrics)
         assert "Paris" in handed
         assert handed == ask("kv_consumer")["choices"][0]["message"]["content"], "the same as without a prefill server"
+        routing = "exec python3 -m sglang_router.launch_router --pd-disaggregation --host 127.0.0.1"
+        routing += f" --port {ports['router']} --prefill {urls['kv_producer']} {side_channel_port} --decode {urls['kv_consumer']}"
+        with started(tmp_path, "router", routing):
+            wait_healthy(urls["router"], tmp_path)
+            routed = ask("router")
+            assert routed["id"].startswith("chatcmpl-")
+            assert routed["choices"][0]["message"]["content"] == handed, "our router pairs them by its own protocol"

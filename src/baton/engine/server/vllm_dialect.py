@@ -13,6 +13,7 @@ from baton.engine.server.dialect import Choice, Head, Kind
 from baton.engine.server.handover import Handover
 from baton.engine.server.kv_params import handover_of_params, params_of_answer
 from baton.engine.server.logprobs import completion_logprobs, token_bytes, token_text
+from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.server.vllm_metrics import VllmRequestMetrics, VllmSchedulerMetrics
 from baton.protocol.errors import ErrorInfo, bad_request
 from baton.protocol.openai import PromptTokensDetails, Usage, UsageChunk, usage_object
@@ -78,11 +79,17 @@ class VllmDialect:
         return names[0] if asked is None or asked in names else None
 
     def handover(self, args: EngineArgs, fields: Mapping[str, Any]) -> Handover:
+        """vLLM's, or SGLang's, whose fields our own router adds."""
+        if fields.get("bootstrap_room") is not None and fields.get("kv_transfer_params") is None:
+            return SGLANG.handover(args, fields)
         own = (self.own_host, args.disaggregation_bootstrap_port)
         return handover_of_params(args.disaggregation_mode, fields.get("kv_transfer_params"), own)
 
-    def early_answer(self, args: EngineArgs, handover: Handover) -> dict[str, Any] | None:
-        return params_of_answer(handover) if args.disaggregation_mode == "prefill" else None
+    def early_answer(
+        self, args: EngineArgs, params: Mapping[str, Any] | None, handover: Handover
+    ) -> dict[str, Any] | None:
+        is_asked = args.disaggregation_mode == "prefill" and params is not None
+        return params_of_answer(handover) if is_asked else None
 
     def response_id(self, kind: Kind, request_id: str) -> str:
         return f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request_id}"
