@@ -27,9 +27,9 @@ from baton.engine.vllm.head import Head
 from baton.engine.vllm.member import Member
 
 NODE = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 directory, parent, *flags = sys.argv[1:]
-mine = pathlib.Path(directory) / f"{len(list(pathlib.Path(directory).iterdir()))}"
+mine = pathlib.Path(directory) / str(os.getpid())
 mine.write_text(" ".join(flags))
 while mine.exists():
     time.sleep(0.01)
@@ -155,10 +155,11 @@ async def test_nodes_end_with_their_leader_and_serve_the_next(bed: Bed) -> None:
         leader.send(Lead())
         assert await leader.receive() == Nodes(2, "127.0.0.1")
         leader.send(Start([f"--number={number}"]))
-        await bed.until(lambda: f"--number={number} --node-rank=1" in bed.started())  # noqa: B023
+        await bed.until(lambda: bed.started() == [f"--number={number} --node-rank=1"])  # noqa: B023
+        [node] = bed.nodes.iterdir()
         leader.writer.close()
-        # The head takes a new leader as soon as it has told the old one's workers to stop.
-        await leader.writer.wait_closed()
+        await bed.until(lambda: not Path(f"/proc/{node.name}").exists())  # noqa: B023
+        node.unlink()
 
 
 async def test_too_few_nodes_are_said(bed: Bed) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import baton
 from baton.engine.args import engine_args
+from baton.engine.distributed.node import run_node
 from baton.engine.flags import effect_notes
 from baton.engine.launch import run_worker
 from baton.engine.server.vllm_dialect import VllmDialect
@@ -59,8 +60,6 @@ def api_server_main(argv: Sequence[str]) -> int:
     flags = engine_flags(args, args.api_key or os.environ.get("VLLM_API_KEY"), int(port))
     try:
         if args.node_rank > 0:
-            from baton.engine.distributed.node import run_node
-
             return run_node(engine_args(flags), flags)
         flags += gather(args, flags)
         return run_worker(engine_args(flags), flags, dialect_of(args))
