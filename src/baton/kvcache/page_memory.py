@@ -53,7 +53,9 @@ class PageMemory:
         size = num_pages * page_bytes
         try:
             if os.fstat(fd).st_size != size:
-                raise ValueError(f"page memory of {os.fstat(fd).st_size} bytes is not {num_pages} pages of {page_bytes}")
+                raise ValueError(
+                    f"page memory of {os.fstat(fd).st_size} bytes is not {num_pages} pages of {page_bytes}"
+                )
             mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(fd)
