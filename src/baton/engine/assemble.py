@@ -15,6 +15,7 @@ import torch
 from baton.engine.args import EngineArgs
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.runner import LeadingRunner
+from baton.engine.distributed.tiers import LeadingTiers, agree_host_pages
 from baton.engine.errors import ModelError
 from baton.engine.kv_events import open_kv_events
 from baton.engine.load import choose_device, load_model
@@ -22,9 +23,8 @@ from baton.engine.models.spec import ModelConfig
 from baton.engine.runner import Runner, kv_page_bytes
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
-from baton.engine.tiers import Tiers, open_cache
+from baton.engine.tiers import Tiers, choose_host_pages, open_cache, page_shape
 from baton.kvcache.page_memory import PageMemory
-from baton.kvcache.stores.objects import PageShape
 from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready
 from baton.transfer.base import DecodeTransfer, PageLayout, PrefillTransfer, Wake
@@ -61,7 +61,8 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     if device.type == "cuda" and args.disaggregation_mode != "null":
         raise ModelError("--disaggregation-mode: handing KV over from GPU memory is not served yet; use --device cpu.")
     model = load_model(args, device, group)
-    if model.shard.size > 1 and model.shard.exchange is None:
+    has_own_heads = model.shard.size > 1 and model.shard.exchange is None
+    if has_own_heads:
         need_one_pool(args)
     config, memory, num_pages, page_size = model.config, model.memory, model.num_pages, model.page_size
     runner = model.runner if group is None else LeadingRunner(model.runner, group)
@@ -75,7 +76,15 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         page_bytes=kv_page_bytes(config, model.dtype, page_size),
     )
     transfer = None if memory is None else open_transfer(args, memory, layout, wake)
-    cache, tiers = open_cache(args, model.fingerprint, page_shape(config, layout), model.kv, wake)
+    shape = page_shape(model)
+    host_pages = choose_host_pages(args, num_pages, shape.page_bytes)
+    tiers: Tiers | None
+    if group is not None and has_own_heads and host_pages:
+        cache, own = open_cache(args, model, shape, agree_host_pages(group, host_pages), wake)
+        assert own is not None, "there are host pages"
+        tiers = LeadingTiers(own, group, wake)
+    else:
+        cache, tiers = open_cache(args, model, shape, host_pages, wake)
     settings = scheduler_config(args, config, model.context_len, device)
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
@@ -98,30 +107,13 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     return Engine(scheduler, runner, transfer, ready, tiers, open_kv_events(args, cache, page_size))
 
 
-def page_shape(config: ModelConfig, layout: PageLayout) -> PageShape:
-    """What a page of a single rank holds, as the store names it."""
-    head_bytes = layout.page_bytes // (config.num_layers * 2 * config.num_kv_heads)
-    return PageShape(
-        layers=range(config.num_layers),
-        kv_heads=range(config.num_kv_heads),
-        page_size=layout.page_size,
-        head_dim=config.head_dim,
-        dtype=layout.dtype,
-        dtype_bytes=head_bytes // (layout.page_size * config.head_dim),
-    )
-
-
 def need_one_pool(args: EngineArgs) -> None:
     """Raises `ModelError` for what this rank cannot do while other ranks keep their heads of a page to themselves."""
-    for name, is_given in (
-        (f"--disaggregation-mode {args.disaggregation_mode}", args.disaggregation_mode != "null"),
-        ("--enable-hierarchical-cache", args.has_tiers),
-    ):
-        if is_given:
-            raise ModelError(
-                f"{name}: with several ranks it needs a KV pool that they share, on one CPU host with bfloat16 kernels; "
-                "ranks on several hosts or devices are not served yet."
-            )
+    if args.disaggregation_mode != "null":
+        raise ModelError(
+            f"--disaggregation-mode {args.disaggregation_mode}: with several ranks it needs a KV pool that they share, on one CPU "
+            "host with bfloat16 kernels; ranks on several hosts or devices are not served yet."
+        )
 
 
 def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> None:

@@ -97,6 +97,9 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
             "--nnodes": str(args.nnodes),
             "--page-size": str(page_size),
             "--context-length": str(context_len),
+            "--enable-hierarchical-cache": str(args.has_tiers),
+            "--hicache-storage-backend": str(args.hicache_storage_backend),
+            "--hicache-storage-key-scheme": args.hicache_storage_key_scheme,
         }
         num_pages = group.agree(facts, num_pages)
         connected = group.connect(device, Pool(num_pages, kv_page_bytes(config, dtype, page_size)), in_c=in_c)

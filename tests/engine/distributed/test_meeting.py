@@ -194,8 +194,8 @@ def test_ranks_of_a_host_can_be_forced_and_gpus_are_a_rank_each() -> None:
         plan_topology(args, "cpu", {RANKS_PER_HOST: "two"})
 
 
-@pytest.mark.parametrize("given", ["--disaggregation-mode decode", "--enable-hierarchical-cache"])
-def test_what_needs_one_pool_is_refused_where_ranks_have_their_own(given: str) -> None:
+def test_handing_over_is_refused_where_ranks_have_their_own_pool() -> None:
+    given = "--disaggregation-mode decode"
     with pytest.raises(ModelError, match=f"^{given}: with several ranks it needs a KV pool that they share"):
         need_one_pool(engine_args(f"--model m {given}".split()))
 

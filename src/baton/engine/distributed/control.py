@@ -2,7 +2,7 @@
 
 The leader listens on --dist-init-addr; everyone else dials it and keeps trying, since pods of a group start in any order. All
 ranks must agree on what decides their results (`Hello.facts`); what differs is named on both sides. From then on the control
-connection carries `Step`s one way. Not here: what ranks compute, heartbeats (`heartbeat`).
+connection carries `Step`s and what tiers have to say. Not here: what ranks compute, heartbeats (`heartbeat`).
 """
 
 import contextlib
@@ -114,6 +114,8 @@ class Connection:
         return data
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # a thread that waits for a message hears of it
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
@@ -175,7 +177,9 @@ class Leader:
         return values
 
     def close(self) -> None:
-        for sock in (self._listener, *(one.socket for one in self.controls.values()), *self.watches.values()):
+        for connection in self.controls.values():
+            connection.close()
+        for sock in (self._listener, *self.watches.values()):
             sock.close()
 
     def _missing(self) -> list[int]:

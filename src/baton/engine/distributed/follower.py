@@ -12,10 +12,13 @@ from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args, split_address
 from baton.engine.distributed.group import FollowerGroup
+from baton.engine.distributed.messages import Step, decode_step
 from baton.engine.distributed.processes import die_with_parent, end_process, start_siblings
+from baton.engine.distributed.tiers import FollowingTiers, agree_host_pages
 from baton.engine.distributed.topology import Topology, plan_topology
-from baton.engine.load import choose_device, load_model
+from baton.engine.load import LoadedModel, choose_device, load_model
 from baton.engine.server.channel import ChannelAddress, RankChannel
+from baton.engine.tiers import choose_host_pages, open_tiers, page_shape
 from baton.protocol.errors import BatonError
 from baton.protocol.rank import Fatal, Ready
 
@@ -41,8 +44,14 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
                     attention_backend=model.runner.attention_backend,
                 )
             )  # fmt: skip
+        tiers = follow_tiers(args, model, group)
         while True:
-            model.runner.follow(*group.receive_step())
+            message = group.receive()
+            if isinstance(message, Step):
+                model.runner.follow(*decode_step(message))
+            else:
+                assert tiers is not None, "the ranks agreed on tiers"
+                tiers.obey(message)
     except (BatonError, OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
         return 1
@@ -55,6 +64,18 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
             channel.send(Fatal(reason))
             channel.close()
         group.close(f"{name} failed: {reason}")
+
+
+def follow_tiers(args: EngineArgs, model: LoadedModel, group: FollowerGroup) -> FollowingTiers | None:
+    """What this rank has of the tiers, if it has any: where ranks share their pool, they are rank 0's. Raises `BatonError`."""
+    if model.shard.exchange is not None or not args.has_tiers:
+        return None
+    shape = page_shape(model)
+    host_pages = agree_host_pages(group, choose_host_pages(args, model.num_pages, shape.page_bytes))
+    tiers = FollowingTiers(group)
+    own, _ = open_tiers(args, model, shape, host_pages, tiers.wake)
+    tiers.start(own)
+    return tiers
 
 
 def main(argv: Sequence[str]) -> int:

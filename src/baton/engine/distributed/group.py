@@ -18,7 +18,7 @@ from baton.engine.distributed.connect import Connected, Pool, connect
 from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
 from baton.engine.distributed.links import LinkCollective
-from baton.engine.distributed.messages import Hello, Step, Welcome, decode_step, encode_step
+from baton.engine.distributed.messages import Hello, Step, TierAnswer, TierOrder, Welcome, encode_step
 from baton.engine.distributed.topology import Topology
 from baton.engine.models.shard import Collective
 
@@ -97,9 +97,18 @@ class LeaderGroup:
 
     def send_step(self, batch: ForwardBatch, logit_rows: list[NDArray[np.int64]]) -> None:
         """Tell the others what this rank computes next. Raises `GroupError` when one is gone."""
-        data = self._encoder.encode(encode_step(batch, logit_rows))
+        self.send(encode_step(batch, logit_rows))
+
+    def send(self, message: Step | TierOrder) -> None:
+        """Tell the others; they act in the order of messages. Raises `GroupError` when one is gone."""
+        data = self._encoder.encode(message)
         for connection in self._leader.controls.values():
             connection.send_encoded(data)
+
+    @property
+    def followers(self) -> dict[int, Connection]:
+        """By rank, complete after `agree`."""
+        return self._leader.controls
 
     def close(self, last_words: str = "") -> None:
         """The others end when they hear of it."""
@@ -156,12 +165,16 @@ class FollowerGroup:
     def finish_loading(self) -> None:
         self.phase("weights")
 
-    def receive_step(self) -> tuple[ForwardBatch, list[NDArray[np.int64]]]:
-        """Wait for the leader's next step. Raises `GroupError` when it is gone."""
+    def receive(self) -> Step | TierOrder:
+        """Wait for what comes next. Raises `GroupError` when the leader is gone."""
         message = self._connected().receive(None)
-        if not isinstance(message, Step):
+        if not isinstance(message, Step | TierOrder):
             raise GroupError(f"rank 0 sent {type(message).__name__} where a step belongs")
-        return decode_step(message)
+        return message
+
+    def send(self, message: TierAnswer) -> None:
+        """For one thread at a time. Raises `GroupError` when the leader is gone."""
+        self._connected().send(message)
 
     def close(self, last_words: str = "") -> None:
         if self._heartbeat is not None:

@@ -4,13 +4,26 @@ Arrays travel as little-endian int32 bytes. Not here: sockets (`control`), tenso
 """
 
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, assert_never
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from baton.engine.batch import ForwardBatch
+from baton.kvcache.tiers import (
+    Cancel,
+    Copies,
+    Found,
+    PagesRead,
+    Query,
+    Read,
+    StoreAction,
+    StoreEvent,
+    Write,
+    Written,
+)
 
 FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
@@ -72,7 +85,67 @@ class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
     """Token rows of each call for logits, in order."""
 
 
-Message = Hello | Watch | Welcome | Refused | Done | Go | Step
+class Order(msgspec.Struct, frozen=True, array_like=True):
+    """A `StoreAction`."""
+
+    kind: Literal["query", "read", "write", "cancel"]
+    op: int
+    keys: list[bytes] = []
+    host_pages: bytes = b""
+
+
+class Move(msgspec.Struct, tag="move", frozen=True, array_like=True):
+    """What every rank does next between its tiers: first the copies, then the orders."""
+
+    saves: bytes
+    """Pairs of device and host page."""
+    loads: bytes
+    """Pairs of host and device page."""
+    orders: list[Order]
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """A `StoreEvent` of one rank."""
+
+    kind: Literal["found", "read", "written"]
+    op: int
+    first: int = 0
+    """Of "found": how many pages."""
+    ok: list[bool] = []
+    is_last: bool = True
+
+
+class Answers(msgspec.Struct, tag="answers", frozen=True, array_like=True):
+    """Up to the leader: what this rank's store answered."""
+
+    answers: list[Answer]
+
+
+class Clear(msgspec.Struct, tag="clear", frozen=True, array_like=True):
+    """Empty the store."""
+
+
+class Cleared(msgspec.Struct, tag="cleared", frozen=True, array_like=True):
+    """Up to the leader, one for each `Clear`, in order."""
+
+    ok: bool
+
+
+class AskStore(msgspec.Struct, tag="ask_store", frozen=True, array_like=True):
+    """How is the store?"""
+
+
+class StoreIs(msgspec.Struct, tag="store_is", frozen=True, array_like=True):
+    """Up to the leader, one for each `AskStore`."""
+
+    up: bool
+
+
+TierOrder = Move | Clear | AskStore
+"""From the leader."""
+TierAnswer = Answers | Cleared | StoreIs
+"""To the leader."""
+Message = Hello | Watch | Welcome | Refused | Done | Go | Step | TierOrder | TierAnswer
 
 
 def encode_step(batch: ForwardBatch, logit_rows: list[NDArray[np.int64]]) -> Step:
@@ -99,6 +172,74 @@ def decode_step(step: Step) -> tuple[ForwardBatch, list[NDArray[np.int64]]]:
         page_tables=_array(step.page_tables).reshape(len(query_lens), -1),
     )
     return batch, [_array(rows).astype(np.int64) for rows in step.logit_rows]
+
+
+def encode_move(copies: Copies, actions: Sequence[StoreAction]) -> Move:
+    return Move(_pairs_bytes(copies.saves), _pairs_bytes(copies.loads), [_order(action) for action in actions])
+
+
+def decode_move(move: Move) -> tuple[Copies, list[StoreAction]]:
+    return Copies(_pairs(move.saves), _pairs(move.loads)), [_action(order) for order in move.orders]
+
+
+def _order(action: StoreAction) -> Order:
+    match action:
+        case Query(op, keys):
+            return Order("query", op, keys)
+        case Read(op, keys, host_pages):
+            return Order("read", op, keys, _bytes(np.array(host_pages)))
+        case Write(op, keys, host_pages):
+            return Order("write", op, keys, _bytes(np.array(host_pages)))
+        case Cancel(op):
+            return Order("cancel", op)
+        case _:
+            assert_never(action)
+
+
+def _action(order: Order) -> StoreAction:
+    match order.kind:
+        case "query":
+            return Query(order.op, order.keys)
+        case "read":
+            return Read(order.op, order.keys, _array(order.host_pages).tolist())
+        case "write":
+            return Write(order.op, order.keys, _array(order.host_pages).tolist())
+        case "cancel":
+            return Cancel(order.op)
+        case _:
+            assert_never(order.kind)
+
+
+def encode_event(event: StoreEvent) -> Answer:
+    match event:
+        case Found(op, num_pages):
+            return Answer("found", op, num_pages)
+        case PagesRead(op, first, ok, is_last):
+            return Answer("read", op, first, ok, is_last)
+        case Written(op, ok):
+            return Answer("written", op, ok=ok)
+        case _:
+            assert_never(event)
+
+
+def decode_event(answer: Answer) -> StoreEvent:
+    match answer.kind:
+        case "found":
+            return Found(answer.op, answer.first)
+        case "read":
+            return PagesRead(answer.op, answer.first, answer.ok, answer.is_last)
+        case "written":
+            return Written(answer.op, answer.ok)
+        case _:
+            assert_never(answer.kind)
+
+
+def _pairs_bytes(pairs: list[tuple[int, int]]) -> bytes:
+    return _bytes(np.array(pairs, dtype="<i4").reshape(-1))
+
+
+def _pairs(data: bytes) -> list[tuple[int, int]]:
+    return [(first, second) for first, second in _array(data).reshape(-1, 2).tolist()]
 
 
 def _bytes(values: NDArray[Any]) -> bytes:
