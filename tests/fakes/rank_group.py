@@ -11,7 +11,7 @@ import torch
 from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.rank_follower import run_follower
 
-from baton.engine.args import engine_args
+from baton.engine.args import EngineArgs, engine_args
 from baton.engine.batch import SampleRow
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.runner import LeadingRunner
@@ -37,7 +37,9 @@ def single(model: Path, *more: str) -> Runner:
 class RankGroup:
     """`with RankGroup(...) as group:` gives `group.runner`, which computes on all ranks."""
 
-    def __init__(self, model: Path, size: int, *more: str) -> None:
+    def __init__(self, model: Path, size: int, *more: str, follower_flags: Sequence[str] = ()) -> None:
+        """`follower_flags`: come behind the others' on followers."""
+        self._follower_flags = follower_flags
         self._flags = flags(model, *more, "--tp-size", str(size), "--nnodes", str(size))
         self._topology = Topology(size, 0, 1, 0, size)
         self.lost = threading.Event()
@@ -51,11 +53,11 @@ class RankGroup:
         address = "{}:{}".format(*self.group.address)
         args = engine_args([*self._flags, "--dist-init-addr", address])
         for rank in range(1, self._topology.num_ranks):
-            one = context.Process(target=run_follower, args=(self._flags, address, rank))
+            one = context.Process(target=run_follower, args=([*self._flags, *self._follower_flags], address, rank))
             one.start()
             self.followers.append(one)
         try:
-            self.runner = LeadingRunner(load_model(args, CPU, self.group).runner, self.group)
+            self._load(args)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -68,6 +70,9 @@ class RankGroup:
         for one in self.followers:
             one.join(WAIT_S)
             assert one.exitcode is not None, "a follower did not end with its group"
+
+    def _load(self, args: EngineArgs) -> None:
+        self.runner = LeadingRunner(load_model(args, CPU, self.group).runner, self.group)
 
     def _on_lost(self, reason: str) -> None:
         self.reason = reason

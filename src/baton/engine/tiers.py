@@ -52,6 +52,9 @@ class Tiers(Protocol):
     def clear_store(self) -> Future[bool]:
         """Forget every object of the store. The loop is woken when the future has its result."""
 
+    def close(self) -> None:
+        """End the store's threads. What is on its way to the store may be lost."""
+
 
 class OwnTiers:
     """Those of one rank. `writes`: False where another rank puts the same objects into the same store."""
@@ -93,7 +96,6 @@ class OwnTiers:
         return self._worker.clear()
 
     def close(self) -> None:
-        """Ends the store's threads; what is on its way to the store may be lost."""
         if self._worker is not None:
             self._worker.close()
 

@@ -247,4 +247,4 @@ def _bytes(values: NDArray[Any]) -> bytes:
 
 
 def _array(data: bytes) -> NDArray[np.int32]:
-    return np.frombuffer(data, "<i4").astype(np.int32, copy=False)
+    return np.frombuffer(data, "<i4").astype(np.int32)  # a copy: the message's own bytes are read-only

@@ -151,6 +151,10 @@ class LeadingTiers:
         self._own.clear_store().add_done_callback(lambda done: self._cleared(clearing, 0, done.result()))
         return clearing.done
 
+    def close(self) -> None:
+        """The followers' tiers end with their processes."""
+        self._own.close()
+
     def _cleared(self, clearing: "_Clearing", rank: int, ok: bool) -> None:
         with self._clears_lock:
             clearing.answers[rank] = ok
