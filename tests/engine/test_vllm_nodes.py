@@ -205,6 +205,7 @@ def test_a_head_is_found_again_by_its_own_user_only(tmp_path: Path, monkeypatch:
         ("leader --ray_cluster_size=two", "Error: --ray_cluster_size must be a whole number, got 'two'"),
         ("worker --ray_cluster_size=2", "Error: Missing argument --ray_address"),
         ("worker --ray_address=h --ray_port=x", "Error: --ray_port must be a whole number, got 'x'"),
+        ("worker --ray_address=h --ray_port=99999", "Error: --ray_port must be at most 65535, got '99999'"),
     ],
 )
 def test_the_scripts_errors(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,15 @@ def test_every_error_is_reported_at_once() -> None:
         assert [line for line in found if part in line], part
 
 
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [("--port 77777", 65535), ("--disaggregation-bootstrap-port 65536", 65535), ("--mem-fraction-static 1.5", 1)],
+)
+def test_a_number_above_its_range_is_refused(flags: str, limit: int) -> None:
+    [line] = problems(f"--model m {flags}")
+    assert line == f"{flags.split()[0]} must be at most {limit}, got {flags.split()[1]}"
+
+
 def test_an_ambiguous_prefix_lists_the_candidates() -> None:
     [line] = problems("--model m --hicache-s 3")
     assert line.startswith("ambiguous flag --hicache-s: it could be --hicache-size, --hicache-storage-backend")

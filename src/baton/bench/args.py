@@ -32,7 +32,7 @@ class MultiturnArgs:
     )
     request_rate: float = flag(1.0, "sendings per second, at most; with --disable-auto-run")
     host: str = flag("localhost", "of the server or router")
-    port: int = flag(30000, "of the server or router", minimum=1)
+    port: int = flag(30000, "of the server or router", minimum=1, maximum=65535)
     model_path: str | None = flag(
         None, "where the tokenizer is: model directory, .gguf file or hub id; none: what the server says"
     )

@@ -59,7 +59,7 @@ class EngineArgs:
 
     # HTTP.
     host: str = flag("127.0.0.1", "address to listen on")
-    port: int = flag(30000, "port to listen on; 0: any free one", minimum=0)
+    port: int = flag(30000, "port to listen on; 0: any free one", minimum=0, maximum=65535)
     skip_server_warmup: bool = flag(False, "do not generate once before being ready")
     api_key: str | None = flag(None, "clients must send it as a Bearer token")
     served_model_name: str | None = flag(None, "name in the OpenAI routes; none: --model-path")
@@ -75,7 +75,7 @@ class EngineArgs:
     config: str | None = flag(None, "YAML file of flags", effect="refused", reason="give the flags on the command line")
 
     # Scheduling and memory.
-    mem_fraction_static: float | None = flag(None, "share of device memory for weights and KV", kind=float, effect="gpu only", reason="on a CPU the KV pool is sized by --max-total-tokens or the machine's free memory")
+    mem_fraction_static: float | None = flag(None, "share of device memory for weights and KV", kind=float, minimum=0, maximum=1, effect="gpu only", reason="on a CPU the KV pool is sized by --max-total-tokens or the machine's free memory")
     max_running_requests: int | None = flag(None, "requests in one decode batch; none: as many as fit", kind=int, minimum=1)
     max_queued_requests: int | None = flag(None, "requests that may wait; more are answered 503; none: no bound; ignored with prefill-decode disaggregation", kind=int, minimum=1)
     max_total_tokens: int | None = flag(None, "KV pool size in tokens", kind=int, minimum=1)
@@ -157,7 +157,7 @@ class EngineArgs:
     # Prefill and decode on separate workers.
     disaggregation_mode: Literal["null", "prefill", "decode"] = flag("null", "this worker's part", choices=("null", "prefill", "decode"))
     disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel: shared memory on one host and TCP between hosts, whichever of SGLang's names is given; tcp: never shared memory; fake: not at all", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "auto", "tcp", "fake"))
-    disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0)
+    disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0, maximum=65535)
     disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
     disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
     disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))

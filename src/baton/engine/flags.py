@@ -36,6 +36,7 @@ class Flag:
     is_list: bool = False
     is_required: bool = False
     minimum: float | None = None
+    maximum: float | None = None
     accepts: tuple[str, ...] = ()
     """For "refused" and "not served": values that are nevertheless fine."""
 
@@ -185,6 +186,8 @@ def _convert_one(one: Flag, name: str, text: str) -> Any:
         raise ValueError(f"{name} must be one of {', '.join(one.choices)}; got {text!r}")
     if one.minimum is not None and value < one.minimum:
         raise ValueError(f"{name} must be at least {one.minimum:g}, got {text}")
+    if one.maximum is not None and value > one.maximum:
+        raise ValueError(f"{name} must be at most {one.maximum:g}, got {text}")
     return value
 
 

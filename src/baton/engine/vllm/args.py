@@ -89,7 +89,7 @@ class VllmArgs:
 
     # HTTP.
     host: str | None = flag(None, "address to listen on; none: all of them")
-    port: int = flag(8000, "port to listen on; 0: any free one", minimum=0)
+    port: int = flag(8000, "port to listen on; 0: any free one", minimum=0, maximum=65535)
     api_key: str | None = flag(None, "clients must send it as a Bearer token; none: VLLM_API_KEY")
     chat_template: str | None = flag(None, "Jinja file; none: the model's own")
     chat_template_content_format: str = flag("auto", "how message contents reach the template", choices=("auto", "string", "openai"), effect="no effect", reason="contents are text")
@@ -125,7 +125,7 @@ class VllmArgs:
     config: str | None = flag(None, "YAML file of flags", effect="refused", reason="give the flags on the command line")
 
     # Scheduling and memory.
-    gpu_memory_utilization: float = flag(0.9, "share of device memory for weights and KV", minimum=0.0)
+    gpu_memory_utilization: float = flag(0.9, "share of device memory for weights and KV", minimum=0.0, maximum=1.0)
     max_num_seqs: int | None = flag(None, "requests in one decode batch; none: as many as fit", kind=int, minimum=1)
     max_num_batched_tokens: int | None = flag(None, "prompt tokens of one step", kind=int, minimum=1)
     enable_prefix_caching: bool = flag(True, "keep KV of past prompts (--no-enable-prefix-caching)")
@@ -162,7 +162,7 @@ class VllmArgs:
     nnodes: int = flag(1, "nodes of this engine, each started with the same flags", minimum=1)
     node_rank: int = flag(0, "this node's number", minimum=0)
     master_addr: str = flag("127.0.0.1", "address of node 0")
-    master_port: int = flag(29501, "where the nodes meet", minimum=1)
+    master_port: int = flag(29501, "where the nodes meet", minimum=1, maximum=65535)
     headless: bool = flag(False, "no HTTP on this node", effect="no effect", reason="nodes above 0 serve none")
     max_parallel_loading_workers: int | None = flag(None, "ranks that load at once", kind=int, effect="no effect", reason=_DIST)
     ray_workers_use_nsight: bool = flag(False, "profiling", effect="not served", reason=_DIST)

@@ -53,6 +53,8 @@ def parse(subcommand: str, argv: Sequence[str]) -> Options:
     for name in values.keys() - {"--ray_address"}:
         if not values[name].isdigit() or (name == "--ray_cluster_size" and int(values[name]) < 1):
             raise ValueError(f"Error: {name} must be a whole number, got {values[name]!r}")
+    if int(values.get("--ray_port", DEFAULT_PORT)) > 65535:
+        raise ValueError(f"Error: --ray_port must be at most 65535, got {values['--ray_port']!r}")
     size = values.get("--ray_cluster_size")
     return Options(
         cluster_size=None if size is None else int(size),
