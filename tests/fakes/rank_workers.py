@@ -80,17 +80,18 @@ class Worker:
         if self.tiers is not None:
             self.tiers.close()
 
-    def generate(self, prompt: Sequence[int], num_tokens: int = 6) -> tuple[list[int], RequestOutput]:
-        """Greedy tokens, and the output that began them: it says what was cached."""
+    def generate(self, prompt: Sequence[int], num_tokens: int = 6) -> tuple[list[float], RequestOutput]:
+        """Greedy tokens, each followed by its log-probability, and the output that began them: it says what was cached."""
         sampling = SamplingParams(temperature=0.0, max_new_tokens=num_tokens, ignore_eos=True)
-        self._channel.to_rank.put(Submit(rid="r", input_ids=list(prompt), sampling=sampling))
+        self._channel.to_rank.put(Submit(rid="r", input_ids=list(prompt), sampling=sampling, return_logprob=True))
         outputs: list[RequestOutput] = []
         while not outputs or outputs[-1].finish is None:
             message = self._channel.from_rank.get(timeout=WAIT_S)
             assert isinstance(message, StepOutput)
             outputs += message.outputs
         assert outputs[-1].finish is not None and outputs[-1].finish.error is None, outputs[-1].finish
-        return [token for one in outputs for token in one.token_ids], outputs[0]
+        found = [one for output in outputs for one in output.logprobs]
+        return [number for one in found for number in (one.token_id, one.logprob or 0.0)], outputs[0]
 
     def ask(self, message: ToRank) -> Any:
         self._channel.to_rank.put(message)
