@@ -6,18 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.fakes.dict_store import DictStore
 from tests.fakes.models import hf_model
 from tests.fakes.rank_group import PAGE_SIZE, random_prompts
 from tests.fakes.rank_workers import GroupWorker, Worker
+from tests.fakes.thread_ranks import ThreadRanks
 
 from baton.engine.distributed.connect import COLLECTIVE
 from baton.engine.distributed.control import GroupError
 from baton.engine.models.config import load_config
+from baton.engine.models.shard import Shard
+from baton.engine.page_copies import PageCopier
+from baton.engine.tiers import OwnTiers, is_replica
 from baton.engine.weights.fingerprint import model_fingerprint
 from baton.kvcache.page_keys import PageKeys
+from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.stores.base import StoreConfig
 from baton.kvcache.stores.file import FileStore
 from baton.kvcache.stores.objects import ObjectScheme, PageShape
+from baton.kvcache.stores.seal import SEAL_BYTES
+from baton.kvcache.stores.worker import StoreWorker
+from baton.kvcache.tiers import Copies, Write, Written
 from baton.protocol.rank import CheckIntegrity, ClearStore, FlushCache, GetState
 
 A, B, C = random_prompts(68, 70, 67)
@@ -122,3 +132,19 @@ def test_ranks_with_other_tiers_are_refused(model: Path) -> None:
     group = GroupWorker(model, 2, *FLAGS, follower_flags=["--enable-hierarchical-cache"])
     with pytest.raises(GroupError, match=r"--enable-hierarchical-cache: False on rank 0 and True on rank 1"), group:
         pass
+
+
+def test_of_replicas_the_first_writes_to_a_store_that_all_share(model: Path) -> None:
+    config = load_config(model)
+    ranks = [Shard(rank, 4, ThreadRanks[None](4).of_rank(rank)) for rank in range(4)]
+    assert [is_replica(config, shard) for shard in ranks] == [False, True, False, True]
+    shape = PageShape(layers=range(1), kv_heads=range(1), page_size=1, head_dim=2, dtype="float32", dtype_bytes=4)
+    woken: list[None] = []
+    store = DictStore(StoreConfig(object_bytes=shape.page_bytes + SEAL_BYTES, extra={}))
+    with PageMemory.create(2, shape.page_bytes + SEAL_BYTES) as host:
+        worker = StoreWorker(store, ObjectScheme("default", shape), host, lambda: None)
+        replica = OwnTiers(PageCopier(torch.zeros(1, 4), host), worker, lambda: woken.append(None), writes=False)
+        replica.move(Copies(), [Write(7, [b"a", b"b"], [0, 1])])
+        assert (replica.poll(), len(woken)) == ([Written(7, [True, True])], 1)
+        replica.close()
+    assert "put" not in store.calls
