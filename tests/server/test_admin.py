@@ -222,6 +222,21 @@ async def test_a_lost_rank_ends_every_request_with_a_retryable_error(start: Star
         assert (await bed.post("/generate", common)).status_code == 503
 
 
+async def test_requests_that_outlast_a_stopping_worker_end_with_a_retryable_error(start: Start) -> None:
+    async with start() as bed:
+        bed.rank.credits = 1
+        async with bed.http.stream("POST", "/generate", json={"text": "a", "stream": True, "rid": "s1"}) as stream:
+            lines = stream.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            bed.ctx.client.end_all("the worker was told to stop")
+            events = sse_events("\n".join([line async for line in lines]))
+        error = json.loads(events[-2])["error"]
+        assert (error["type"], error["retryable"], error["request_id"]) == ("WorkerLostError", True, "s1")
+        assert events[-1] == "[DONE]"
+        await bed.until(lambda: bool(bed.rank.received_of(Abort)))
+        assert bed.ctx.client.num_in_flight == 0
+
+
 async def test_the_watchdog_gives_up_a_rank_that_does_not_answer(start: Start) -> None:
     async with start() as bed:
         bed.rank.is_hung = True

@@ -195,6 +195,12 @@ class EngineClient:
             self._ready.exception()
         self.on_lost()
 
+    def end_all(self, reason: str) -> None:
+        """End what is in flight, with an error that says a retry elsewhere may help; the rank goes on."""
+        for generation, job in list(self._jobs.values()):
+            self._leave(generation, ErrorInfo(WORKER_LOST, 503, reason, self._stage, generation.rid, retryable=True))
+            job.note(generation)
+
     async def watch(self, limit_s: float, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         """Call `fail` when requests wait and the rank has not answered for `limit_s`. Runs until cancelled."""
         while self.lost_reason is None:
@@ -282,12 +288,15 @@ class EngineClient:
             job.note(generation)
 
     def _abort(self, generation: Generation, reason: str) -> None:
-        """End one sequence on this side now; the rank follows."""
-        self._leaving.add(generation.rank_rid)
-        self._channel.send(Abort(generation.rank_rid, reason))
         info = ErrorInfo("AbortError", ABORTED_CODE, reason, self._stage, generation.rid, retryable=False)
         if reason == "deadline exceeded":
             info = ErrorInfo("TimeoutError", 504, reason, self._stage, generation.rid, retryable=False)
+        self._leave(generation, info)
+
+    def _leave(self, generation: Generation, info: ErrorInfo) -> None:
+        """End one sequence on this side now; the rank follows."""
+        self._leaving.add(generation.rank_rid)
+        self._channel.send(Abort(generation.rank_rid, info.message))
         generation.end(Finish("abort", error=info))
         self._finished(generation)
 

@@ -43,6 +43,8 @@ READY_TIMEOUT_S = 1800.0
 WARMUP_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 25
 """How long requests may go on after SIGTERM; Kubernetes kills after 30 s."""
+LAST_WORDS_S = 1.0
+"""Before the end of the drain: requests that still run hear then why they end."""
 STORE_DRAIN_TIMEOUT_S = 4.0
 KEEP_ALIVE_S = 120
 FATAL_GRACE_S = 0.2
@@ -262,6 +264,8 @@ class Worker:
         self._stop.set()
         if self._ctx is not None:
             self._ctx.is_stopping = True
+            reason = "the worker was told to stop, and this request ran longer than it may wait"
+            asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S - LAST_WORDS_S, self._ctx.client.end_all, reason)
         for server in self._servers:
             server.stop()
             server.force_exit = is_second
