@@ -14,6 +14,7 @@ from baton.kvcache.keyed_cache import Cleared, KvEvent, Removed, Stored
 from baton.kvcache.page_keys import PageKeys
 from baton.kvcache.tier_config import TierConfig
 from baton.kvcache.tiered_cache import TieredCache
+from baton.kvcache.tiers import Late
 
 EXTRA_KEYS = st.sampled_from([None, "salt"])
 # Conversations that go on, and part: long prefixes are shared all the time.
@@ -141,6 +142,13 @@ class TieredCacheMachine(RuleBasedStateMachine):
             op = operations[which % len(operations)]
             self.world.deliver(op, num_pages, lambda key: not damage or key[0] % damage != 0)
 
+    @rule(which=st.integers(0, 20))
+    def hang(self, which: int) -> None:
+        self.world.move()
+        operations = sorted(self.world.operations)
+        if operations:
+            self.cache.on_store_event(Late(operations[which % len(operations)]), 0.0)
+
     @rule(is_down=st.sampled_from([False, False, True]), num_lost=st.integers(0, 3))
     def store_trouble(self, is_down: bool, num_lost: int) -> None:
         self.world.is_down = is_down
@@ -219,6 +227,7 @@ def test_a_long_walk(seed: int) -> None:
         lambda: machine.abort(rng.randrange(20)): 8,
         lambda: machine.deliver(rng.randrange(20), rng.randrange(6), rng.choice([0, 0, 2, 3])): 20,
         lambda: machine.store_trouble(rng.random() < 0.2, rng.randrange(3)): 3,
+        lambda: machine.hang(rng.randrange(20)): 2,
         lambda: machine.pressure(): 3,
         lambda: machine.flush(): 2,
     }

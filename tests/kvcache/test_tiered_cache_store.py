@@ -3,7 +3,7 @@
 import pytest
 from tests.fakes.tier_world import A, B, C, filled, keys_of, make, only, prefetch
 
-from baton.kvcache.tiers import Cancel, Found, PagesRead, Query, Read, Write
+from baton.kvcache.tiers import Cancel, Found, Late, PagesRead, Query, Read, Write
 
 # -- the store: writes -------------------------------------------------------------------------------------------------
 
@@ -125,6 +125,31 @@ def test_wait_complete_waits_for_the_last_page() -> None:
     world.deliver(only(world, Read))
     assert not world.cache.awaits_prefetch("r", 0.0)
     assert world.cache.next_deadline() is None
+
+
+def test_nobody_waits_for_a_store_that_hangs() -> None:
+    world = filled(prefetch_policy="wait_complete")
+    prefetch(world, "r", A)
+    world.cache.on_store_event(Late(only(world, Query)), 0.0)
+    assert not world.cache.awaits_prefetch("r", 0.0)
+    world.deliver(only(world, Query))  # the hour after
+    assert not world.cache.awaits_prefetch("r", 0.0)
+    world.cache.end_prefetch("r")
+    prefetch(world, "first", A)
+    world.deliver(only(world, Query))
+    world.move()
+    prefetch(world, "second", A)
+    world.deliver(only(world, Query))
+    assert world.cache.awaits_prefetch("first", 0.0) and world.cache.awaits_prefetch("second", 0.0)
+    read = only(world, Read)
+    world.cache.on_store_event(Late(read), 0.0)
+    assert not world.cache.awaits_prefetch("first", 0.0) and not world.cache.awaits_prefetch("second", 0.0)
+    world.cache.end_prefetch("first")
+    world.cache.check_integrity({})  # the pages stay in the store's hands
+    world.move()
+    world.deliver(read)
+    world.cache.check_integrity({})
+    assert world.serve(A).by_source == (0, 0, 6)
 
 
 def test_timeout_waits_for_a_base_and_for_every_1024_tokens() -> None:

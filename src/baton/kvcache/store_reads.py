@@ -165,6 +165,19 @@ class StoreReads:
         if event.is_last:
             self._end_read(event.op, reading)
 
+    def on_late(self, op: int) -> None:
+        """Nobody waits for this operation any more."""
+        prefetch = self._prefetches.get(self._queries.get(op, ""))
+        if prefetch is not None and prefetch.op == op:
+            prefetch.op = None
+        reading = self._readings.get(op)
+        if reading is None or not reading.rids:
+            return
+        for rid in reading.rids:
+            self._prefetches[rid].reads.discard(op)
+        reading.rids.clear()
+        self._cancel(op, reading)
+
     def pins(self) -> dict[str, list[HostPage]]:
         return {f"read {op}": reading.pages for op, reading in self._readings.items()}
 

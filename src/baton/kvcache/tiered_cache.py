@@ -21,7 +21,7 @@ from baton.kvcache.radix_tree import EvictionPolicy, Inserted, PrefixHandle
 from baton.kvcache.store_reads import StoreReads, Wanted
 from baton.kvcache.store_writes import StoreWrites
 from baton.kvcache.tier_config import TierConfig, TierCounters
-from baton.kvcache.tiers import Copies, Found, PagesRead, StoreAction, StoreEvent, Written
+from baton.kvcache.tiers import Copies, Found, Late, PagesRead, StoreAction, StoreEvent, Written
 
 
 class TieredCache(KeyedCache):
@@ -213,6 +213,8 @@ class TieredCache(KeyedCache):
                 self._reads.on_pages_read(event)
             case Written():
                 self._writes.on_written(event)
+            case Late(op):
+                self._reads.on_late(op)
 
     def _on_arrived(self, wanted: Wanted, indices: list[int]) -> None:
         if not indices:

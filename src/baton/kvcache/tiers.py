@@ -5,7 +5,8 @@ The cache decides and keeps the books (`tiered_cache`); the loop carries out `Co
 `stores.worker` carries out `StoreAction`s on its own threads and answers with `StoreEvent`s. No clock, no I/O here.
 
 Ownership of a host page: the cache's, except between an action that names it and that operation's last event, when it is the
-worker's. Every operation gets exactly one last event, also after `Cancel` and when the store is broken.
+worker's. Every operation gets exactly one last event, also after `Cancel` and when the store is broken; while a call into the
+store hangs, it has that operation's pages in its hands, and `Late` is all there is to say.
 """
 
 from dataclasses import dataclass, field
@@ -88,4 +89,11 @@ class Written:
     ok: list[bool]
 
 
-StoreEvent = Found | PagesRead | Written
+@dataclass(frozen=True, slots=True)
+class Late:
+    """The store hangs over query or read `op`: nobody should wait for it. Its last event is still to come, perhaps never."""
+
+    op: int
+
+
+StoreEvent = Found | PagesRead | Written | Late

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from baton.engine.distributed.control import GroupError
 from baton.engine.distributed.messages import decode_event, decode_move, encode_event, encode_move
 from baton.engine.distributed.tiers import Merge
-from baton.kvcache.tiers import Cancel, Copies, Found, PagesRead, Query, Read, StoreEvent, Write, Written
+from baton.kvcache.tiers import Cancel, Copies, Found, Late, PagesRead, Query, Read, StoreEvent, Write, Written
 
 NUM_PAGES = 6
 
@@ -62,10 +62,17 @@ def test_a_rank_that_skips_pages_is_named() -> None:
         merge.add(1, PagesRead(0, 2, [True], is_last=True))
 
 
+def test_that_one_rank_is_late_is_heard_at_once() -> None:
+    merge = Merge(2)
+    assert merge.add(0, PagesRead(0, 0, [True], is_last=True)) is None
+    assert merge.add(1, Late(0)) == Late(0)
+    assert merge.add(1, PagesRead(0, 0, [True], is_last=True)) == PagesRead(0, 0, [True], is_last=True)
+
+
 def test_orders_and_answers_cross_the_wire_whole() -> None:
     copies = Copies(saves=[(3, 70000), (1, 2)], loads=[(5, 4)])
     actions = [Query(1, [b"a", b"b"]), Read(2, [b"a"], [9]), Write(3, [b"c"], [70000]), Cancel(1)]
     assert decode_move(encode_move(copies, actions)) == (copies, actions)
     assert decode_move(encode_move(Copies(), [])) == (Copies(), [])
-    for event in (Found(1, 7), PagesRead(2, 3, [True, False], False), Written(3, [True])):
+    for event in (Found(1, 7), PagesRead(2, 3, [True, False], False), Written(3, [True]), Late(4)):
         assert decode_event(encode_event(event)) == event

@@ -1,8 +1,10 @@
 """The worker on a store that works, fails, hangs and comes back: every operation has one last event, and nobody waits."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from baton.kvcache.stores.base import StoreConfig
 from baton.kvcache.stores.objects import ObjectScheme, PageShape
 from baton.kvcache.stores.seal import SEAL_BYTES
 from baton.kvcache.stores.worker import StoreWorker, WorkerConfig
-from baton.kvcache.tiers import Cancel, Found, PagesRead, Query, Read, StoreEvent, Write, Written
+from baton.kvcache.tiers import Cancel, Found, Late, PagesRead, Query, Read, StoreEvent, Write, Written
 
 SHAPE = PageShape(layers=range(2), kv_heads=range(3), page_size=4, head_dim=2, dtype="bfloat16", dtype_bytes=2)
 NUM_PAGES = 16
@@ -153,7 +155,7 @@ def test_a_hung_call_is_noticed_and_only_its_own_operation_waits(bed: Bed, caplo
     bed.worker.do(Read(4, KEYS[:1], [6]))
     assert bed.worker.poll() == []
     bed.now = 2.1
-    assert bed.worker.poll() == [Found(3, 0), PagesRead(4, 0, [False], True)]
+    assert bed.worker.poll() == [Late(2), Found(3, 0), PagesRead(4, 0, [False], True)]
     bed.worker.do(Query(5, KEYS[:1]))
     assert bed.worker.poll() == [Found(5, 0)]
     assert bed.worker.stats()["up"] == 0 and bed.worker.stats()["timeouts"] == 1
@@ -248,11 +250,51 @@ def test_more_than_the_queue_holds_is_answered_at_once() -> None:
     bed.close()
 
 
-def test_an_answer_of_the_wrong_shape_is_a_failure(bed: Bed) -> None:
-    bed.store.batch_get = lambda names, targets: []  # type: ignore[method-assign,assignment]
-    bed.worker.do(Read(1, KEYS[:1], [5]))
-    assert bed.next() == [PagesRead(1, 0, [False], True)]
+@pytest.mark.parametrize("answer", [[], [True, True], None, 7])
+def test_answers_of_the_wrong_shape_take_it_down(bed: Bed, answer: Any) -> None:
+    bed.store.batch_get = lambda names, targets: answer  # type: ignore[method-assign]
+    for op in range(3):
+        assert bed.worker.stats()["up"] == 1
+        bed.worker.do(Query(9, []))  # good answers of another kind do not make up for it
+        assert bed.next() == [Found(9, 0)]
+        bed.worker.do(Read(op, KEYS[:1], [5]))
+        assert bed.next() == [PagesRead(op, 0, [False], True)]
+    assert bed.worker.stats()["errors"] == 3 and bed.worker.stats()["up"] == 0
+
+
+@pytest.mark.parametrize("answer", [0.5, None, -1, 4, "1"])
+def test_a_count_that_is_none_is_nothing_found(bed: Bed, answer: Any) -> None:
+    bed.store.batch_exists = lambda names: answer  # type: ignore[method-assign]
+    bed.worker.do(Query(1, KEYS[:1]))
+    assert bed.next() == [Found(1, 0)]
     assert bed.worker.stats()["errors"] == 1
+
+
+def test_a_store_that_exits_ends_its_call_and_not_the_thread(bed: Bed) -> None:
+    def leave(_: str) -> None:
+        sys.exit(1)
+
+    bed.store.before = leave
+    for op in range(2):
+        bed.worker.do(Read(op, KEYS[:1], [5]))
+        assert bed.next() == [PagesRead(op, 0, [False], True)]
+
+
+@pytest.mark.parametrize("numbers", [{"one": "text"}, {"one": None}, None])
+def test_numbers_that_are_none_cost_nothing_but_themselves(bed: Bed, numbers: Any) -> None:
+    bed.store.stats = lambda: numbers  # type: ignore[method-assign]
+    bed.fill(0)
+    bed.worker.do(Write(1, KEYS[:1], [0]))
+    assert bed.next() == [Written(1, [True])]
+    stats = bed.worker.stats()
+    assert stats["up"] == 1 and not any(name.startswith("store_") for name in stats)
+
+
+def test_names_that_metrics_cannot_have_are_left_out(bed: Bed) -> None:
+    bed.store.stats = lambda: {"used-bytes": 1, "free_bytes": 2}  # type: ignore[method-assign]
+    bed.worker.do(Query(1, KEYS[:1]))
+    bed.next()
+    assert [name for name in bed.worker.stats() if name.startswith("store_")] == ["store_free_bytes"]
 
 
 def test_clear_empties_the_store(bed: Bed) -> None:

@@ -16,6 +16,7 @@ from baton.kvcache.tiers import (
     Cancel,
     Copies,
     Found,
+    Late,
     PagesRead,
     Query,
     Read,
@@ -107,7 +108,7 @@ class Move(msgspec.Struct, tag="move", frozen=True, array_like=True):
 class Answer(msgspec.Struct, frozen=True, array_like=True):
     """A `StoreEvent` of one rank."""
 
-    kind: Literal["found", "read", "written"]
+    kind: Literal["found", "read", "written", "late"]
     op: int
     first: int = 0
     """Of "found": how many pages."""
@@ -218,6 +219,8 @@ def encode_event(event: StoreEvent) -> Answer:
             return Answer("read", op, first, ok, is_last)
         case Written(op, ok):
             return Answer("written", op, ok=ok)
+        case Late(op):
+            return Answer("late", op)
         case _:
             assert_never(event)
 
@@ -230,6 +233,8 @@ def decode_event(answer: Answer) -> StoreEvent:
             return PagesRead(answer.op, answer.first, answer.ok, answer.is_last)
         case "written":
             return Written(answer.op, answer.ok)
+        case "late":
+            return Late(answer.op)
         case _:
             assert_never(answer.kind)
 

@@ -31,7 +31,7 @@ from baton.engine.distributed.messages import (
     encode_move,
 )
 from baton.engine.tiers import OwnTiers
-from baton.kvcache.tiers import Copies, Found, PagesRead, StoreAction, StoreEvent, Written
+from baton.kvcache.tiers import Copies, Found, Late, PagesRead, StoreAction, StoreEvent, Written
 from baton.transfer.base import Wake
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ class Merge:
         self._operations: dict[int, _Operation] = {}
 
     def add(self, rank: int, event: StoreEvent) -> StoreEvent | None:
-        """What the cache may hear now."""
+        """What the cache may hear now. That one rank is late it hears at once."""
+        if isinstance(event, Late):
+            return event
         operation = self._operations.setdefault(event.op, _Operation())
         match event:
             case Found(op, num_pages):
@@ -78,7 +80,7 @@ class Merge:
                     return None
                 del self._operations[op]
                 return Written(op, _everywhere(operation.ok, 0, len(ok)))
-            case PagesRead():
+            case _:
                 return self._add_read(rank, event, operation)
 
     def _add_read(self, rank: int, event: PagesRead, operation: _Operation) -> PagesRead | None:

@@ -3,7 +3,9 @@
 No threads, no time: `step` makes exactly one call into the store, through the lane, which watches it.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -12,6 +14,8 @@ from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.stores.base import DiscardingStore, Object, Store
 from baton.kvcache.stores.objects import ObjectScheme, PageObjects
 from baton.kvcache.tiers import Found, PagesRead, Query, Read, StoreEvent, Write, Written
+
+logger = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
 """call(what, function, *arguments): the lane's watched call; `what` is query, read or write."""
@@ -43,6 +47,29 @@ class Counters:
         return values | {f"{what}_seconds": spent for what, spent in self.seconds.items()}
 
 
+class StoreNumbers:
+    """What the store says of itself, as of the last call into it: whoever wants to know must not wait for the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._told = False
+        self.values: Mapping[str, float] = {}
+        """Replaced as a whole; any thread may read."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """A store that cannot say is not for that reason unwell."""
+        try:
+            self.values = {
+                str(name): float(value) for name, value in self._store.stats().items() if name.isidentifier()
+            }
+        except BaseException as error:  # A third party's code, on a thread that must live.
+            self.values = {}
+            if not self._told:
+                self._told = True
+                logger.warning("the store's stats() is of no use (said once): %s: %s", type(error).__name__, error)
+
+
 @dataclass(slots=True)
 class Bench:
     """What the jobs of one lane work with."""
@@ -53,6 +80,7 @@ class Bench:
     memory: PageMemory
     batch_pages: int
     query_pages: int
+    numbers: StoreNumbers
     counters: Counters = field(default_factory=Counters)
 
     def pages(self, host_pages: Sequence[int]) -> list[Object]:
@@ -88,9 +116,7 @@ class QueryJob:
     def step(self, call: Call) -> tuple[StoreEvent | None, bool]:
         keys = self._keys[self._found : self._found + self._bench.query_pages]
         names = self._bench.names(keys)
-        num_objects = call("query", self._bench.store.batch_exists, names)
-        if not 0 <= num_objects <= len(names):
-            raise ValueError(f"batch_exists says {num_objects} of {len(names)}")
+        num_objects = call("query", exists, self._bench.store, names)
         found = num_objects // self._bench.scheme.per_page
         self._found += found
         counters = self._bench.counters
@@ -117,7 +143,7 @@ class ReadJob:
         last = min(first + bench.batch_pages, self.num_pages)
         pages = bench.pages(self._action.host_pages[first:last])
         names = bench.names(self._action.keys[first:last])
-        got = _one_each(call("read", bench.store.batch_get, names, bench.objects.buffers(pages)), names)
+        got = call("read", _one_each, bench.store.batch_get, names, bench.objects.buffers(pages))
         verified = bench.objects.after_get(pages, names, got)
         ok = bench.whole_pages(verified)
         counters = bench.counters
@@ -152,7 +178,7 @@ class WriteJob:
         pages = bench.pages(self._action.host_pages[first:last])
         names = bench.names(self._action.keys[first:last])
         bench.objects.before_put(pages, names)
-        put = _one_each(call("write", bench.store.batch_put, names, bench.objects.buffers(pages)), names)
+        put = call("write", _one_each, bench.store.batch_put, names, bench.objects.buffers(pages))
         ok = bench.whole_pages(put)
         self._ok += ok
         counters = bench.counters
@@ -185,7 +211,18 @@ class ClearJob:
         return None
 
 
-def _one_each(answer: Sequence[bool], names: Sequence[str]) -> list[bool]:
+def exists(store: Store, names: Sequence[str]) -> int:
+    """Raises what the store does, and where its answer does not fit the question; both count as failures of the call."""
+    found = operator.index(store.batch_exists(names))
+    if not 0 <= found <= len(names):
+        raise ValueError(f"batch_exists says {found} of {len(names)}")
+    return found
+
+
+def _one_each(
+    move: Callable[[Sequence[str], Sequence[Object]], Sequence[bool]], names: Sequence[str], objects: Sequence[Object]
+) -> list[bool]:
+    answer = move(names, objects)
     if len(answer) != len(names):
         raise ValueError(f"{len(answer)} answers for {len(names)} objects")
     return [bool(ok) for ok in answer]

@@ -1,7 +1,8 @@
 """One direction of a store: a thread that makes one call at a time, its bounded queue, its breaker.
 
 The thread waits for work and for nothing else; time passes only through `check`, which the worker calls now and then. A call
-that hangs keeps its own job (the back end has that job's pages in its hands), while everything behind it is answered at once.
+that hangs keeps its own job (the back end has that job's pages in its hands), which is told to be late; everything behind it is
+answered at once.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from baton.kvcache.stores.breaker import Breaker
-from baton.kvcache.stores.jobs import Bench, ClearJob, Job, QueryJob
-from baton.kvcache.tiers import StoreEvent
+from baton.kvcache.stores.jobs import Bench, ClearJob, Job, QueryJob, ReadJob, exists
+from baton.kvcache.tiers import Late, StoreEvent
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Lane:
         self._running: Job | None = None
         self._called_at: float | None = None
         """When the call that is under way began."""
+        self._called = ""
+        """Its kind."""
         self._told_late = False
         """The call under way has been counted as a time-out."""
         self._closing = False
@@ -82,11 +85,11 @@ class Lane:
         """Notice a call past its deadline and a probe that is due. True while there is something to watch."""
         with self._ready:
             self._check()
-            return self._queued_pages > 0 or self.breaker.state != "up"
+            return self._queued_pages > 0 or self.breaker.is_down
 
     @property
     def is_up(self) -> bool:
-        return self.breaker.state == "up"
+        return not self.breaker.is_down
 
     def close(self, drain_s: float, timeout_s: float) -> bool:
         """Finish what is queued for up to `drain_s`, answer the rest, and end the thread. False if a call still hangs after
@@ -105,7 +108,11 @@ class Lane:
         if self._is_late() and not self._told_late:
             self._told_late = True
             self.bench.counters.timeouts += 1
-            self._down_if(self.breaker.open(self._clock()), f"a call has not returned in {self._call_timeout_s:g} s")
+            if isinstance(self._running, QueryJob | ReadJob):
+                self._answer(Late(self._running.op))
+            self._down_if(
+                self.breaker.open(self._clock(), self._called), f"a call has not returned in {self._call_timeout_s:g} s"
+            )
         if self._probe_due():
             self._ready.notify_all()
 
@@ -142,7 +149,7 @@ class Lane:
             self._emit(event)
 
     def _failed(self, why: str) -> None:
-        self._down_if(self.breaker.failed(self._clock()), why)
+        self._down_if(self.breaker.failed(self._clock(), self._called), why)
 
     def _wait_for_work(self) -> Job | None:
         """The next job, which stays in the account of its queue until it ends; None for a probe."""
@@ -176,12 +183,6 @@ class Lane:
             event, ended = job.step(self._call)
         except _CallError:
             failed = True
-        except Exception as error:
-            # The call passed, but what it returned makes no sense: told by the breaker's log line.
-            failed = True
-            with self._ready:
-                self.bench.counters.errors += 1
-                self._failed(f"an answer that does not fit the question ({type(error).__name__}: {error})")
         with self._ready:
             self._running = None
             self._answer(event)
@@ -197,13 +198,15 @@ class Lane:
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         with self._ready:
             called_at = self._called_at = self._clock()
+            self._called = what
             self._told_late = False
-        failure: Exception | None = None
+        failure: BaseException | None = None
         result = None
         try:
             result = function(*arguments)
-        except Exception as error:  # Whatever a back end raises means that it is not well; the breaker tells.
+        except BaseException as error:  # Whatever it raises, sys.exit() too, means "not well"; the breaker tells.
             failure = error
+        self.bench.numbers.refresh()
         with self._ready:
             self._called_at = None
             took_s = self._clock() - called_at
@@ -213,7 +216,7 @@ class Lane:
             raise _CallError from failure
         return result
 
-    def _judge(self, failure: Exception | None, took_s: float) -> None:
+    def _judge(self, failure: BaseException | None, took_s: float) -> None:
         if failure is not None:
             self.bench.counters.errors += 1
         if self._told_late:
@@ -223,12 +226,12 @@ class Lane:
         elif took_s > self._call_timeout_s:
             self.bench.counters.timeouts += 1
             self._failed(f"a call took {took_s:.1f} s")
-        elif self.breaker.succeeded():
+        elif self.breaker.succeeded(self._called):
             logger.warning("store up again for %s", self.name)
 
     def _probe(self) -> None:
         with contextlib.suppress(_CallError):
-            self._call("query", self.bench.store.batch_exists, [_PROBE_NAME])
+            self._call("query", exists, self.bench.store, [_PROBE_NAME])
             with self._ready:
                 if not self._told_late:
                     self.breaker.probed()

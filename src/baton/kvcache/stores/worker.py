@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from baton.kvcache.page_memory import PageMemory
 from baton.kvcache.stores.base import Store
 from baton.kvcache.stores.breaker import Breaker
-from baton.kvcache.stores.jobs import Bench, ClearJob, QueryJob, ReadJob, WriteJob
+from baton.kvcache.stores.jobs import Bench, ClearJob, QueryJob, ReadJob, StoreNumbers, WriteJob
 from baton.kvcache.stores.lane import Lane
 from baton.kvcache.stores.objects import ObjectScheme
 from baton.kvcache.stores.seal import SEAL_BYTES
@@ -66,6 +66,7 @@ class StoreWorker:
         self._busy = threading.Event()
         self._closed = threading.Event()
         store.register(memory.array.reshape(-1))
+        self._numbers = StoreNumbers(store)
         batch_pages = max(1, min(config.max_batch_pages, config.batch_bytes // expected))
         self._reads, self._writes = (
             self._lane(name, scheme, memory, batch_pages, clock) for name in ("reads", "writes")
@@ -104,12 +105,12 @@ class StoreWorker:
         return events
 
     def stats(self) -> Mapping[str, float]:
-        """Counts since the start, `up` 0 or 1 (both directions), `*_seconds` spent in calls, and the store's own as `store_*`."""
+        """Counts since the start, `up` 0 or 1 (0: a direction is down), `*_seconds` spent in calls, and the store's own as `store_*`."""
         stats: dict[str, float] = {"up": float(self._reads.is_up and self._writes.is_up)}
         for lane in (self._reads, self._writes):
             for name, value in lane.bench.counters.as_stats().items():
                 stats[name] = stats.get(name, 0) + value
-        return stats | {f"store_{name}": value for name, value in self._store.stats().items()}
+        return stats | {f"store_{name}": value for name, value in self._numbers.values.items()}
 
     def close(self, drain_s: float = 0.0, timeout_s: float = 5.0) -> None:
         """Finish queued writes for up to `drain_s`, answer the rest, wait for the calls under way, close the store. A store that
@@ -130,7 +131,7 @@ class StoreWorker:
         objects = scheme.open(batch_pages)
         if objects.staging is not None:
             self._store.register(objects.staging.reshape(-1))
-        bench = Bench(self._store, scheme, objects, memory, batch_pages, config.query_pages)
+        bench = Bench(self._store, scheme, objects, memory, batch_pages, config.query_pages, self._numbers)
         breaker = Breaker(config.max_failures, config.first_retry_s, config.max_retry_s)
         return Lane(name, bench, breaker, self._emit, clock, config.call_timeout_s, config.max_queued_pages)
 
