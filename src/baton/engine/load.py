@@ -17,6 +17,7 @@ from baton.engine.args import EngineArgs
 from baton.engine.distributed.connect import Pool
 from baton.engine.distributed.group import Group
 from baton.engine.errors import ModelError
+from baton.engine.free_memory import free_memory_bytes
 from baton.engine.models.config import load_config
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.models.spec import ModelConfig
@@ -175,7 +176,7 @@ def choose_num_pages(
             )
         return int(budget // page_bytes)
     # At least one sequence of full length must fit, whatever else runs here; memory is taken only when touched.
-    return max(-(-context_len // page_size), int(_available_memory_bytes() * DEFAULT_CPU_POOL_SHARE) // page_bytes)
+    return max(-(-context_len // page_size), int(free_memory_bytes() * DEFAULT_CPU_POOL_SHARE) // page_bytes)
 
 
 def allocate_kv(
@@ -188,10 +189,6 @@ def allocate_kv(
     kv_heads = local_sizes(config, shard).num_kv_heads
     shape = (num_pages, config.num_layers, 2, kv_heads, page_size, config.head_dim)
     return None, torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _available_memory_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _product(shape: tuple[int, ...]) -> int:

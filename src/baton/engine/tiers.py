@@ -5,7 +5,6 @@ by `assemble`, called by the rank's loop. Not here: ranks that do not share thei
 """
 
 import logging
-import os
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -14,6 +13,7 @@ from typing import Protocol
 
 from baton.engine.args import EngineArgs
 from baton.engine.errors import ModelError
+from baton.engine.free_memory import free_memory_bytes
 from baton.engine.load import LoadedModel
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.models.spec import ModelConfig
@@ -187,7 +187,7 @@ def choose_host_pages(args: EngineArgs, num_pages: int, page_bytes: int) -> int:
             f"{flag}: a host tier of {host_pages} pages is no larger than the device's {num_pages}, and would hold nothing "
             "that the device does not; raise it, or lower --max-total-tokens."
         )
-    needed, available = host_pages * page_bytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, available = host_pages * page_bytes, free_memory_bytes()
     if needed > available:
         raise ModelError(
             f"{flag}: a host tier of {needed / 1e9:.1f} GB does not fit; {available / 1e9:.1f} GB are free."
