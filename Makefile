@@ -44,7 +44,7 @@ check: setup lint ## lint, types, unit tests (under a minute)
 
 test: setup lint ## everything that CI runs: check + end-to-end
 	$(UNIT)
-	$(BIN)/pytest -m "e2e and not slow and not gpu"
+	$(BIN)/pytest -m "e2e and not slow and not gpu" --durations=12
 
 test-slow: setup ## long tests (minutes each, no special hardware)
 	$(BIN)/pytest -m slow

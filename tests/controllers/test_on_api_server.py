@@ -44,6 +44,18 @@ def pod_names(bench: Bench) -> list[str]:
     return [pod["metadata"]["name"] for pod in bench.pods.list()]
 
 
+async def endpoint_addresses(bench: Bench, service: str) -> list[str]:
+    wanted = f"kubernetes.io/service-name={service}"
+    slices = await bench.client.list(ENDPOINT_SLICES, "default", label_selector=wanted)
+    return [address for one in slices.items for e in one["endpoints"] for address in e["addresses"]]
+
+
+def address_of(bench: Bench, pod: str) -> str:
+    found = bench.pods.get(pod, "default")
+    assert found is not None
+    return str(found["status"]["podIP"])
+
+
 async def test_the_pd_manifest_runs_scales_updates_in_place_and_goes(bench: Bench) -> None:
     await create(bench, documents("llm-model.yaml") + documents("sglang_pd.yaml"))
     await bench.until(lambda: bench.is_settled("sglang-pd"))
@@ -54,10 +66,8 @@ async def test_the_pd_manifest_runs_scales_updates_in_place_and_goes(bench: Benc
     old = await bench.client.get(ROLE_BASED_GROUPS_V1ALPHA1, "sglang-pd", "default")
     assert old["spec"]["roles"][1]["template"]["spec"]["containers"][0]["name"] == "sglang-prefill"
     assert old["status"]["pods"] == "4/4"
-    slices = await bench.client.list(ENDPOINT_SLICES, "default", label_selector="kubernetes.io/service-name=sglang-pd")
-    scheduler = bench.pods.get("sglang-pd-scheduler-0", "default")
-    assert scheduler is not None
-    assert [e["addresses"] for s in slices.items for e in s["endpoints"]] == [[scheduler["status"]["podIP"]]]
+    while await endpoint_addresses(bench, "sglang-pd") != [address_of(bench, "sglang-pd-scheduler-0")]:
+        await bench.runner_turn()
 
     uids = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in bench.pods.list()}
     # the two edits people make, through the version they wrote

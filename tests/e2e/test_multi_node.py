@@ -3,6 +3,7 @@ that is killed while clients wait."""
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAT = {
     "messages": [{"role": "user", "content": "test"}], "max_tokens": 30, "temperature": 0.7, "top_p": 0.9, "seed": 10,
 }  # fmt: skip
-SGLANG_KEYS = ["id", "object", "created", "model", "choices", "usage"]
-VLLM_KEYS = [
-    "id", "object", "created", "model", "choices", "usage", "prompt_logprobs", "kv_transfer_params",
-]  # fmt: skip
+KEYS = {
+    "sglang": ["id", "object", "created", "model", "choices", "usage"],
+    "vllm": ["id", "object", "created", "model", "choices", "usage", "prompt_logprobs", "kv_transfer_params"],
+}
+"""Of a chat answer, in order: each project's own."""
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +43,24 @@ def chat(one: Cluster, model: str, service: str) -> dict[str, Any]:
 
 
 @needs_shared
-def test_manifests_for_two_gpu_nodes_serve_as_they_stand(running: Cluster) -> None:
-    running.kubectl("create", "-f", str(SHARED / "llm-model.yaml"))
-    for name, keys in (("sglang", SGLANG_KEYS), ("vllm", VLLM_KEYS)):
-        running.kubectl("create", "-f", str(SHARED / f"{name}_multi.yaml"))
+def test_manifests_for_two_gpu_nodes_serve_as_they_stand(demo_model: Path, tmp_path: Path) -> None:
+    """A cluster each, side by side: both manifests call their Service the same, and wait half a minute before they probe."""
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(serve_as_it_stands, name, tmp_path / name) for name in KEYS]:
+            done.result()
+
+
+def serve_as_it_stands(name: str, home: Path) -> None:
+    with cluster(home) as one:
+        one.baton("up")
+        one.use_env()
+        one.kubectl("create", "-f", str(SHARED / "llm-model.yaml"))
+        one.kubectl("create", "-f", str(SHARED / f"{name}_multi.yaml"))
         wanted = "--for=jsonpath={.status.readyReplicas}=1"
-        running.kubectl("wait", wanted, f"lws/{name}-multi-nodes", "--timeout=180s")
-        answer = chat(running, "/models/Qwen3-32B", "svc/multi-nodes-service")
-        assert list(answer) == keys
-        assert answer["usage"]["completion_tokens"] == 30
-        running.kubectl("delete", "-f", str(SHARED / f"{name}_multi.yaml"))
-    running.kubectl("delete", "-f", str(SHARED / "llm-model.yaml"))
+        one.kubectl("wait", wanted, f"lws/{name}-multi-nodes", "--timeout=180s")
+        answer = chat(one, "/models/Qwen3-32B", "svc/multi-nodes-service")
+    assert list(answer) == KEYS[name]
+    assert answer["usage"]["completion_tokens"] == 30
 
 
 @pytest.mark.parametrize("name", ["sglang", "vllm"])

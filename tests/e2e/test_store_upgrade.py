@@ -48,7 +48,7 @@ class Client:
         pytest.param("pd-tiers", ("prefill",), id="file"),
         pytest.param(
             "pd-mooncake", ("mooncake-store", "prefill"), id="mooncake",
-            marks=pytest.mark.skipif(bool(MISSING), reason=MISSING),
+            marks=[pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.slow],
         ),
     ],
 )  # fmt: skip
