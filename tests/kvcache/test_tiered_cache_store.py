@@ -170,6 +170,20 @@ def test_nobody_waits_for_a_store_that_does_not_have_it() -> None:
     assert not world.cache.awaits_prefetch("r", 0.0)
 
 
+def test_what_is_used_after_the_store_was_emptied_is_written_again() -> None:
+    world = make(has_store=True)
+    world.serve(A)
+    world.settle()
+    world.store.clear()
+    world.serve(A)
+    world.settle()
+    assert not world.store
+    world.cache.on_store_cleared()
+    world.serve(A)
+    world.settle()
+    assert world.store.keys() >= set(keys_of(A)[:3])
+
+
 def test_requests_with_the_same_prefix_share_one_read() -> None:
     world = filled(prefetch_policy="wait_complete")
     prefetch(world, "first", A)

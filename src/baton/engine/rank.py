@@ -153,6 +153,8 @@ class RankLoop:
         for call_id, cleared in list(self._clears.items()):
             if cleared.done():
                 del self._clears[call_id]
+                if cleared.result():
+                    self._scheduler.cache.on_store_cleared()
                 message = "" if cleared.result() else "the store is down or refused; see the rank's log"
                 self._channel.send(Reply(call_id, not message, message))
 

@@ -107,6 +107,11 @@ class HostTier:
         self._cached.clear()
         self._heap.clear()
 
+    def forget_stored(self) -> None:
+        """The store lost everything: what is used again is worth writing again."""
+        for page in self._cached.values():
+            page.is_stored = False
+
     def check(self, pins: dict[str, list[HostPage]]) -> None:
         """`pins`: who pins which pages, once for each pin. Raises `IntegrityError` unless every host page is exactly one of free,
         cached, pinned without a key."""

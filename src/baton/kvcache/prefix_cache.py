@@ -126,6 +126,9 @@ class PrefixCache:
         """To be given to the store's worker after the copies of the same pass were carried out."""
         return []
 
+    def on_store_cleared(self) -> None:
+        """The store has nothing any more."""
+
     def on_store_event(self, event: StoreEvent, now: float) -> None:
         raise AssertionError("there is no store")
 

@@ -205,6 +205,9 @@ class TieredCache(KeyedCache):
     def take_store_actions(self) -> list[StoreAction]:
         return [*self._reads.take_actions(), *self._writes.take_actions()]
 
+    def on_store_cleared(self) -> None:
+        self._host.forget_stored()
+
     def on_store_event(self, event: StoreEvent, now: float) -> None:
         match event:
             case Found():
