@@ -94,6 +94,12 @@ def test_every_error_is_reported_at_once() -> None:
         assert [line for line in found if part in line], part
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "much"])
+def test_a_number_is_finite(value: str) -> None:
+    [line] = problems(f"--model m --hicache-size={value}")
+    assert line == f"--hicache-size needs a finite number, got {value!r}"
+
+
 @pytest.mark.parametrize(
     ("flags", "limit"),
     [("--port 77777", 65535), ("--disaggregation-bootstrap-port 65536", 65535), ("--mem-fraction-static 1.5", 1)],

@@ -7,6 +7,7 @@ once, and names the nearest known flag. Not here: which flags an engine has (`ar
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -179,8 +180,10 @@ def _convert(one: Flag, name: str, texts: list[str], *, has_value: bool) -> Any:
 def _convert_one(one: Flag, name: str, text: str) -> Any:
     try:
         value = one.kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(text)
     except ValueError:
-        noun = {int: "a whole number", float: "a number"}[one.kind]
+        noun = {int: "a whole number", float: "a finite number"}[one.kind]
         raise ValueError(f"{name} needs {noun}, got {text!r}") from None
     if one.choices and value not in one.choices:
         raise ValueError(f"{name} must be one of {', '.join(one.choices)}; got {text!r}")

@@ -52,6 +52,7 @@ def test_it_may_come_from_a_file(name: str, text: str, tmp_path: Path) -> None:
         ("@/nowhere.json", "/nowhere.json"),
         ("@/nowhere.ini", "nowhere.ini"),
         ('{"prefetch_threshold": "many"}', "prefetch_threshold is 'many'; it wants a whole number"),
+        ('{"prefetch_timeout_base": Infinity}', "prefetch_timeout_base is inf"),
         ('{"prefetch_threshold": 1.5}', "prefetch_threshold is 1.5"),
         ('{"prefetch_timeout_base": -1}', "prefetch_timeout_base is -1"),
         ('{"prefetch_timeout_base": true}', "prefetch_timeout_base is True"),

@@ -4,6 +4,7 @@ The only place of the room that reads the environment for the file store; `moonc
 """
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -103,7 +104,7 @@ def _checked(where: str, key: str, value: object, default: bool | int | float) -
             return value
         raise StoreError(f"{where}: {key} is {value!r}; it wants true or false")
     kinds, wanted = ((int, float), "a number") if isinstance(default, float) else ((int,), "a whole number")
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < math.inf:
         raise StoreError(f"{where}: {key} is {value!r}; it wants {wanted} of at least 0")
     assert isinstance(value, int | float)
     return type(default)(value)
