@@ -176,7 +176,8 @@ class StoreReads:
         for rid in reading.rids:
             self._prefetches[rid].reads.discard(op)
         reading.rids.clear()
-        self._cancel(op, reading)
+        if not reading.is_forgotten:
+            self._cancel(op, reading)
 
     def pins(self) -> dict[str, list[HostPage]]:
         return {f"read {op}": reading.pages for op, reading in self._readings.items()}

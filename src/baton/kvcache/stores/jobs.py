@@ -60,9 +60,8 @@ class StoreNumbers:
     def refresh(self) -> None:
         """A store that cannot say is not for that reason unwell."""
         try:
-            self.values = {
-                str(name): float(value) for name, value in self._store.stats().items() if name.isidentifier()
-            }
+            found = self._store.stats().items()
+            self.values = {name: float(value) for name, value in found if name.isascii() and name.isidentifier()}
         except BaseException as error:  # A third party's code, on a thread that must live.
             self.values = {}
             if not self._told:
