@@ -18,7 +18,7 @@ import transformers
 
 from baton.engine.models.config import load_config
 from baton.engine.models.spec import ModelConfig
-from baton.engine.runner import ModelRunner
+from baton.engine.runner import ModelRunner, run_step
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
 from baton.engine.weights.loader import open_weights
@@ -59,7 +59,7 @@ class Engine:
         while not self.scheduler.is_idle:
             batch = self.scheduler.schedule(time.monotonic())
             assert batch is not None
-            for output in self.scheduler.apply(self.runner.forward(batch), time.monotonic()):
+            for output in self.scheduler.apply(run_step(self.runner, batch), time.monotonic()):
                 tokens[int(output.rid)] += output.token_ids
                 after += len(output.token_ids) if first_s else 0
             if not first_s and all(tokens):

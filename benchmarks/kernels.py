@@ -24,7 +24,7 @@ from baton.engine.attention.torch_native import TorchAttention
 from baton.engine.batch import ForwardBatch, SampleRow
 from baton.engine.kernels.native import OUT_BF16, OUT_F32, OUT_SILU_MUL, PackedLinear, RowsStruct, load_kernels
 from baton.engine.models.spec import ModelConfig
-from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes, run_step
 from baton.engine.weights.dummy_weights import dummy_weights
 from baton.protocol.sampling import SamplingParams
 from host import describe_machine
@@ -173,11 +173,11 @@ def measure_runner(num_threads: int) -> dict[str, dict[str, float]]:
     )
     results: dict[str, dict[str, float]] = {}
     prompt = make_batch(1, CONTEXT, CONTEXT, sampled=True)
-    prefill_ms = best_ms(lambda: runner.forward(prompt), 10)
+    prefill_ms = best_ms(lambda: run_step(runner, prompt), 10)
     results["prefill 512"] = {"ms": prefill_ms, "tokens_per_s": CONTEXT / prefill_ms * 1e3}
     for rows in DECODE_ROWS:
         batch = make_batch(rows, 1, CONTEXT + 1, sampled=True)
-        step_ms = best_ms(lambda b=batch: runner.forward(b), 40)  # type: ignore[misc]
+        step_ms = best_ms(lambda b=batch: run_step(runner, b), 40)  # type: ignore[misc]
         results[f"decode {rows}"] = {"ms": step_ms, "tokens_per_s": rows / step_ms * 1e3}
     return results
 

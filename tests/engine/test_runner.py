@@ -15,7 +15,7 @@ from baton.engine.batch import PromptLogprobsRow, SampleRow
 from baton.engine.errors import ModelError
 from baton.engine.kernels.native import load_kernels
 from baton.engine.models.shard import Shard
-from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes
+from baton.engine.runner import ModelRunner, kv_from_pages, kv_page_bytes, run_step
 from baton.protocol.sampling import SamplingParams
 
 PAGE_SIZE = 16
@@ -57,7 +57,7 @@ def generate(runner: ModelRunner, prompts: list[list[int]], num_tokens: int) -> 
     for _ in range(num_tokens):
         queries = [Query(seq, done[seq], stops[seq]) for seq in range(len(prompts))]
         samples = [greedy(seq, stops[seq]) for seq in range(len(prompts))]
-        output = runner.forward(sequences.batch(queries, samples=samples))
+        output = run_step(runner, sequences.batch(queries, samples=samples))
         for seq, token_id in enumerate(output.next_token_ids):
             done[seq], stops[seq] = stops[seq], stops[seq] + 1
             sequences.tokens[seq][stops[seq] - 1] = token_id
@@ -86,9 +86,9 @@ def test_only_sampled_rows_are_drawn(model: PreTrainedModel) -> None:
     runner = make_runner(model)
     sequences = PagedSequences([[5] * 20, [6] * 20, [7] * 20], PAGE_SIZE)
     queries = [Query(seq, 0, 20) for seq in range(3)]
-    every = runner.forward(sequences.batch(queries, samples=[greedy(seq, 20) for seq in range(3)]))
-    one = runner.forward(sequences.batch(queries, samples=[greedy(1, 20)]))
-    none = runner.forward(sequences.batch(queries))
+    every = run_step(runner, sequences.batch(queries, samples=[greedy(seq, 20) for seq in range(3)]))
+    one = run_step(runner, sequences.batch(queries, samples=[greedy(1, 20)]))
+    none = run_step(runner, sequences.batch(queries))
     assert one.next_token_ids == every.next_token_ids[1:2]
     assert none.next_token_ids == [] and none.logprobs == []
 
@@ -101,8 +101,8 @@ def test_prompt_logprobs_over_chunks(model: PreTrainedModel, dtype: torch.dtype)
     first = PromptLogprobsRow(1, 1, tokens[1:91])
     second = PromptLogprobsRow(0, 91, tokens[91:200], top_logprobs_num=2)
     queries = [Query(0, 0, 7), Query(1, 0, 90)]
-    found = runner.forward(sequences.batch(queries, prompt_logprobs=[first])).prompt_logprobs[0]
-    found += runner.forward(sequences.batch([Query(1, 90, 200)], prompt_logprobs=[second])).prompt_logprobs[0]
+    found = run_step(runner, sequences.batch(queries, prompt_logprobs=[first])).prompt_logprobs[0]
+    found += run_step(runner, sequences.batch([Query(1, 90, 200)], prompt_logprobs=[second])).prompt_logprobs[0]
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
     assert [row.token_id for row in found] == tokens[1:]

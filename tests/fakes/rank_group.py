@@ -17,7 +17,7 @@ from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.runner import LeadingRunner
 from baton.engine.distributed.topology import Topology
 from baton.engine.load import load_model
-from baton.engine.runner import Runner
+from baton.engine.runner import Runner, run_step
 from baton.protocol.rank import TokenLogprobs
 from baton.protocol.sampling import SamplingParams
 
@@ -91,7 +91,7 @@ def generate(runner: Runner, prompts: Sequence[Sequence[int]], num_tokens: int) 
             SampleRow(seq, sampling, length, 0, list(prompts[seq]), [], return_logprob=True)
             for seq, length in enumerate(lens)
         ]
-        output = runner.forward(sequences.batch(queries, samples=samples))
+        output = run_step(runner, sequences.batch(queries, samples=samples))
         for seq, (token_id, logprobs) in enumerate(zip(output.next_token_ids, output.logprobs, strict=True)):
             assert logprobs is not None
             found[seq].append(logprobs)

@@ -99,7 +99,8 @@ class RankLoop:
     def _forward(self, batch: ForwardBatch) -> ForwardOutput | None:
         """Run the model. A step that fails (say, the device is out of memory) ends its own requests, not the worker."""
         try:
-            return self._runner.forward(batch)
+            self._runner.submit(batch)
+            return self._runner.collect()
         except (RuntimeError, MemoryError) as error:
             logger.exception("a step failed; its requests end with an error sequences=%d", len(batch.query_lens))
             info = ErrorInfo("InternalServerError", 500, f"the model step failed: {error}", retryable=True)

@@ -1,4 +1,4 @@
-"""The model runner: a `ForwardBatch` in, a `ForwardOutput` out. It owns weights and the view of the KV pool, and nothing else.
+"""The model runner: `submit` a `ForwardBatch`, `collect` its `ForwardOutput`. It owns weights and the view of the KV pool, and nothing else.
 
 It chooses how the model is computed (C kernels for bf16 on CPUs that can, torch elsewhere) and asks for logits only of
 rows that are sampled or whose prompt log-probabilities are wanted. Not here: who is in the batch (scheduler/), how a token is
@@ -52,10 +52,26 @@ def kv_from_pages(
 class Runner(Protocol):
     """What runs steps for the scheduler: this rank's model, or a group's."""
 
+    depth: int
+    """Steps that may be in flight, begun and not collected. 1: a step ends before the next one begins."""
     is_batch_invariant: bool
     attention_backend: str
 
-    def forward(self, batch: ForwardBatch) -> ForwardOutput: ...
+    def submit(self, batch: ForwardBatch) -> None:
+        """Begin a step. Not while `depth` steps are in flight."""
+
+    def collect(self) -> ForwardOutput:
+        """Wait for the oldest step in flight: its KV is written, its tokens are drawn. A step that drew none is collected too.
+
+        A step that failed raises RuntimeError or MemoryError, from here or from `submit`, and is in flight no more; over
+        several ranks it raises `GroupError` and nothing goes on.
+        """
+
+
+def run_step(runner: Runner, batch: ForwardBatch) -> ForwardOutput:
+    """A step alone: nothing is in flight before or after it."""
+    runner.submit(batch)
+    return runner.collect()
 
 
 class ModelRunner:
@@ -80,6 +96,8 @@ class ModelRunner:
     ) -> None:
         shard = shard or Shard()
         positions = num_positions or config.max_position_embeddings
+        self.depth = 1
+        self._begun: tuple[ForwardBatch, HiddenStates] | None = None
         self._sampler = Sampler()
         kernels = (
             load_kernels()
@@ -111,9 +129,15 @@ class ModelRunner:
                 shard=shard,
             )
 
-    def forward(self, batch: ForwardBatch) -> ForwardOutput:
-        """Compute the batch's new tokens, write their KV, draw one token for each of `batch.samples`."""
-        hidden = self._decoder.forward(batch)
+    def submit(self, batch: ForwardBatch) -> None:
+        """Compute the batch's new tokens and write their KV."""
+        assert self._begun is None, "collect the last step first"
+        self._begun = batch, self._decoder.forward(batch)
+
+    def collect(self) -> ForwardOutput:
+        """Draw one token for each of the batch's `samples`."""
+        assert self._begun is not None, "no step is in flight"
+        (batch, hidden), self._begun = self._begun, None
         rows = iter(logit_rows(batch))
         prompt_logprobs = [self._prompt_logprobs(hidden, row, rows) for row in batch.prompt_logprobs]
         if not batch.samples:
