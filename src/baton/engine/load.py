@@ -113,6 +113,8 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
         kv = kv_from_pages(memory.array, config, dtype, page_size)
         own_kv = kv[:, :, :, slice(*local_sizes(config, shard).kv_heads)]
     num_threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks_on_host))
+    # More threads than cores would spend a step's time waiting for one another at OpenMP's barriers, which spin.
+    torch.set_num_threads(num_threads)
     runner = ModelRunner(
         config,
         open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0),

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tests.fakes.models import hf_model
 from tests.fakes.rank_follower import run_with_other_pages
 from tests.fakes.rank_group import WAIT_S, RankGroup, generate, random_prompts, single
@@ -48,6 +49,16 @@ def test_float32_ranks_give_the_greedy_tokens_of_one(model: Path) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert [one.token_id for one in ours] == [one.token_id for one in theirs]
         assert [one.logprob for one in ours] == pytest.approx([one.logprob for one in theirs], abs=1e-4)
+
+
+def test_ranks_of_one_host_share_its_cores(model: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    try:
+        with RankGroup(model, 2):
+            assert torch.get_num_threads() == max(1, cores // 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_loss_of_a_rank_ends_the_group_by_name(model: Path) -> None:

@@ -8,6 +8,7 @@ nobody sends (`heartbeat`).
 
 import contextlib
 import secrets
+import select
 import socket
 import struct
 import time
@@ -18,8 +19,6 @@ import torch
 from baton.engine.distributed.control import GroupError, Phases
 
 LINK_TIMEOUT_S = 30.0
-EAGER_BYTES = 16 << 10
-"""Two messages of this size lie in a new socket's buffers until the peer reads them, so everyone can send first. Larger ones take turns."""
 _GREETING = struct.Struct("<16sI")  # the group's token, the dialling rank
 
 
@@ -56,34 +55,50 @@ class LinkCollective:
     def _exchange(self, own: torch.Tensor, blocks: dict[int, torch.Tensor]) -> None:
         """Send `own` to every rank, fill each rank's block."""
         data = _bytes(own)
-        sends_first = max(len(data), *(one.nbytes for one in blocks.values())) <= EAGER_BYTES
-        if sends_first:
-            for rank in self._links:
-                self._send(rank, data)
-        # In turns, pairs of ranks follow one another in the same order everywhere, the lower rank of a pair sends first.
-        for rank in self._links:
-            if not sends_first and self._rank < rank:
-                self._send(rank, data)
-            self._receive(rank, _bytes(blocks[rank]))
-            if not sends_first and self._rank > rank:
-                self._send(rank, data)
+        unsent = {rank: rest for rank in self._links if (rest := self._send(rank, data))}
+        missing = {rank: _bytes(block) for rank, block in blocks.items()}
+        # Small messages have left by now. Of large ones each side has more than the sockets hold: both directions at once.
+        while unsent:
+            for rank, events in self._wait(unsent, missing):
+                if missing[rank] and events & ~select.POLLOUT:
+                    missing[rank] = self._receive(rank, missing[rank], socket.MSG_DONTWAIT)
+                if rank in unsent and events & ~select.POLLIN:
+                    unsent[rank] = self._send(rank, unsent[rank])
+            unsent = {rank: rest for rank, rest in unsent.items() if rest}
+        for rank, rest in missing.items():
+            while rest:
+                rest = self._receive(rank, rest)
 
-    def _send(self, rank: int, data: memoryview) -> None:
+    def _wait(self, unsent: dict[int, memoryview], missing: dict[int, memoryview]) -> list[tuple[int, int]]:
+        """Ranks that can take or give something now, and which of it."""
+        poll = select.poll()
+        ranks = {link.fileno(): rank for rank, link in self._links.items()}
+        for rank, link in self._links.items():
+            events = (select.POLLOUT if rank in unsent else 0) | (select.POLLIN if missing[rank] else 0)
+            if events:
+                poll.register(link, events)
+        return [(ranks[descriptor], events) for descriptor, events in poll.poll()]
+
+    def _send(self, rank: int, data: memoryview) -> memoryview:
+        """What did not fit into the socket's buffer."""
         try:
-            self._links[rank].sendall(data)
+            return data[self._links[rank].send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return data
         except OSError as error:
             raise GroupError(f"rank {rank} is gone: {error.strerror or error}") from None
 
-    def _receive(self, rank: int, target: memoryview) -> None:
-        link = self._links[rank]
+    def _receive(self, rank: int, target: memoryview, flags: int = 0) -> memoryview:
+        """What is still to come."""
         try:
-            while target:
-                count = link.recv_into(target)
-                if not count:
-                    raise GroupError(f"rank {rank} is gone: its link was closed")
-                target = target[count:]
+            count = self._links[rank].recv_into(target, 0, flags)
+        except BlockingIOError:
+            return target
         except OSError as error:
             raise GroupError(f"rank {rank} is gone: {error.strerror or error}") from None
+        if not count:
+            raise GroupError(f"rank {rank} is gone: its link was closed")
+        return target[count:]
 
 
 def open_links(group: Phases) -> LinkCollective:
