@@ -93,13 +93,13 @@ def time_collectives(rank: int, store_port: int, link_port: int, name: str, pipe
     """One of two ranks; rank 0 reports microseconds."""
     torch.set_num_threads(1)
     store = open_store("127.0.0.1", store_port, is_leader=False)
-    gloo = ProcessGroupCollective(store, rank, 2, torch.device("cpu"), "127.0.0.1")
+    gloo = ProcessGroupCollective(store, "two", rank, 2, torch.device("cpu"), "127.0.0.1")
     links = LinkCollective(rank, {1 - rank: link_to_other(rank, link_port)})
     connection = reach(name)
     assert connection is not None
     exchange, _ = fetch(connection, rank, 2, 1, 4096)
     kernels = load_kernels()
-    assert kernels is not None
+    assert exchange is not None and kernels is not None
     figures: dict[str, Any] = {
         "meeting_us": 1e6 * timed(lambda: kernels.bt_exchange_meet(byref(exchange.struct)), 20000)
     }

@@ -13,7 +13,7 @@ from baton.engine.distributed.topology import Topology
 def run_follower(argv: Sequence[str], address: str, rank: int) -> None:
     torch.set_num_threads(1)
     args = engine_args([*argv, "--node-rank", str(rank), "--dist-init-addr", address])
-    sys.exit(follow(args, Topology(args.nnodes, rank, 1, 0, args.tp_size), None))
+    sys.exit(follow(args, Topology(args.nnodes, rank, 1, 0, args.tp_size, args.pp_size), None))
 
 
 def run_with_other_pages(argv: Sequence[str], address: str, rank: int) -> None:

@@ -14,7 +14,7 @@ from tests.fakes.rank_follower import run_follower
 from baton.engine.args import EngineArgs, engine_args
 from baton.engine.batch import SampleRow
 from baton.engine.distributed.group import LeaderGroup
-from baton.engine.distributed.runner import LeadingRunner
+from baton.engine.distributed.runner import open_runner
 from baton.engine.distributed.topology import Topology
 from baton.engine.load import load_model
 from baton.engine.runner import Runner, run_step
@@ -37,11 +37,15 @@ def single(model: Path, *more: str) -> Runner:
 class RankGroup:
     """`with RankGroup(...) as group:` gives `group.runner`, which computes on all ranks."""
 
-    def __init__(self, model: Path, size: int, *more: str, follower_flags: Sequence[str] = ()) -> None:
-        """`follower_flags`: come behind the others' on followers."""
+    def __init__(
+        self, model: Path, size: int, *more: str, follower_flags: Sequence[str] = (), pp_size: int = 1
+    ) -> None:
+        """`size` ranks in each of `pp_size` stages. `follower_flags`: come behind the others' on followers."""
         self._follower_flags = follower_flags
-        self._flags = flags(model, *more, "--tp-size", str(size), "--nnodes", str(size))
-        self._topology = Topology(size, 0, 1, 0, size)
+        num_ranks = size * pp_size
+        sizes = ("--tp-size", str(size), "--pp-size", str(pp_size), "--nnodes", str(num_ranks))
+        self._flags = flags(model, *more, *sizes)
+        self._topology = Topology(num_ranks, 0, 1, 0, size, pp_size)
         self.lost = threading.Event()
         self.reason = ""
         self.followers: list[multiprocessing.process.BaseProcess] = []
@@ -72,7 +76,7 @@ class RankGroup:
             assert one.exitcode is not None, "a follower did not end with its group"
 
     def _load(self, args: EngineArgs) -> None:
-        self.runner = LeadingRunner(load_model(args, CPU, self.group).runner, self.group)
+        self.runner = open_runner(load_model(args, CPU, self.group), self.group)
 
     def _on_lost(self, reason: str) -> None:
         self.reason = reason

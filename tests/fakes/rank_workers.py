@@ -108,8 +108,10 @@ class Worker:
 class GroupWorker(RankGroup):
     """A worker of several ranks, the others as processes."""
 
-    def __init__(self, model: Path, size: int, *more: str, follower_flags: Sequence[str] = ()) -> None:
-        super().__init__(model, size, *more, follower_flags=follower_flags)
+    def __init__(
+        self, model: Path, size: int, *more: str, follower_flags: Sequence[str] = (), pp_size: int = 1
+    ) -> None:
+        super().__init__(model, size, *more, follower_flags=follower_flags, pp_size=pp_size)
         self.worker = Worker(model, *more)
 
     def __exit__(self, *error: Any) -> None:

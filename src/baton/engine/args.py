@@ -98,7 +98,7 @@ class EngineArgs:
 
     # Parallelism.
     tp_size: int = flag(1, "tensor-parallel ranks: a GPU each; a CPU host is one rank however many it is asked for", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
-    pp_size: int = flag(1, "pipeline stages", aliases=("--pp", "--pipeline-parallel-size"), minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
+    pp_size: int = flag(1, "pipeline stages of --tp-size ranks each; on CPUs fewer where fewer hosts are there (SGLANG_PP_LAYER_PARTITION=10,12: layers of each)", aliases=("--pp", "--pipeline-parallel-size"), minimum=1)
     dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
     ep_size: int = flag(1, "parts into which a layer's experts are dealt out over the --tp-size ranks; 1: every rank has a part of every expert", aliases=("--ep", "--expert-parallel-size"), minimum=1)
     load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_ONE_ENGINE)
@@ -160,7 +160,7 @@ class EngineArgs:
     disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0, maximum=65535)
     disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
     disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
-    disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="refused", reason=f"pipelines are {_LATER}", accepts=("1",))
+    disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
     disaggregation_ib_device: str | None = flag(None, "RDMA devices", effect="no effect", reason="RDMA is not used")
     disaggregation_decode_enable_offload_kvcache: bool = flag(False, "decode puts the KV of what it generated into the store, for the next turn's prefill")
     disaggregation_decode_polling_interval: int = flag(1, "loops between two polls", minimum=1, effect="no effect", reason="transfers wake the scheduler; nothing polls")
@@ -223,8 +223,9 @@ def _refusals(args: EngineArgs) -> list[str]:
         problems.append(f"--kv-events-config: {error}")
     if args.node_rank >= args.nnodes:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
-    if args.tp_size % args.nnodes:
-        problems.append(f"--tp-size {args.tp_size} must be a multiple of --nnodes {args.nnodes}")
+    if args.tp_size * args.pp_size % args.nnodes:
+        sizes = f"--tp-size {args.tp_size}" + (f" times --pp-size {args.pp_size}" if args.pp_size > 1 else "")
+        problems.append(f"{sizes} must be a multiple of --nnodes {args.nnodes}")
     if args.tp_size % args.ep_size:
         problems.append(f"--ep-size {args.ep_size} must divide --tp-size {args.tp_size}, whose ranks hold the experts")
     if args.nnodes > 1 and args.dist_init_addr is None:

@@ -14,7 +14,7 @@ import torch
 
 from baton.engine.args import EngineArgs
 from baton.engine.distributed.group import LeaderGroup
-from baton.engine.distributed.runner import LeadingRunner
+from baton.engine.distributed.runner import open_runner
 from baton.engine.distributed.tiers import LeadingTiers, agree_host_pages
 from baton.engine.errors import ModelError
 from baton.engine.kv_events import open_kv_events
@@ -61,11 +61,10 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     if device.type == "cuda" and args.disaggregation_mode != "null":
         raise ModelError("--disaggregation-mode: handing KV over from GPU memory is not served yet; use --device cpu.")
     model = load_model(args, device, group)
-    has_own_heads = model.shard.size > 1 and model.shard.exchange is None
-    if has_own_heads:
+    if not model.has_whole_pages:
         need_one_pool(args)
     config, memory, num_pages, page_size = model.config, model.memory, model.num_pages, model.page_size
-    runner = model.runner if group is None else LeadingRunner(model.runner, group)
+    runner = model.runner if group is None else open_runner(model, group)
     layout = PageLayout(
         model=model.fingerprint,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -79,7 +78,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     shape = page_shape(model)
     host_pages = choose_host_pages(args, num_pages, shape.page_bytes)
     tiers: Tiers | None
-    if group is not None and has_own_heads and host_pages:
+    if group is not None and not model.has_whole_pages and host_pages:
         cache, own = open_cache(args, model, shape, agree_host_pages(group, host_pages), wake)
         assert own is not None, "there are host pages"
         tiers = LeadingTiers(own, group, wake)
@@ -88,9 +87,9 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     settings = scheduler_config(args, config, model.context_len, device)
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
-        "rank is ready model=%s dtype=%s device=%s ranks=%d attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
-        model.path, layout.dtype, device, model.shard.size, runner.attention_backend, model.num_threads, num_pages,
-        page_size, model.context_len, model.load_weights_s,
+        "rank is ready model=%s dtype=%s device=%s ranks=%d stages=%d attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
+        model.path, layout.dtype, device, 1 if group is None else group.size,
+        1 if model.shard.stage is None else model.shard.stage.size, runner.attention_backend, model.num_threads, num_pages, page_size, model.context_len, model.load_weights_s,
     )  # fmt: skip
     note_batch_dependence(runner, layout.dtype, device)
     ready = Ready(

@@ -16,12 +16,16 @@ import torch
 from baton.engine.args import EngineArgs
 from baton.engine.distributed.connect import Pool
 from baton.engine.distributed.group import Group
+from baton.engine.distributed.ring import Ring
+from baton.engine.distributed.topology import Topology
 from baton.engine.errors import ModelError
 from baton.engine.free_memory import free_memory_bytes
 from baton.engine.models.config import load_config
+from baton.engine.models.parameters import own_tensors
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.models.spec import ModelConfig
-from baton.engine.runner import ModelRunner, computes_in_c, kv_from_pages, kv_page_bytes
+from baton.engine.models.stages import PARTITIONS, Stage, plan_stages
+from baton.engine.runner import ModelRunner, computes_in_c, kv_from_pages, kv_page_bytes, kv_page_shape
 from baton.engine.weights.fingerprint import model_fingerprint
 from baton.engine.weights.loader import open_weights
 from baton.engine.weights.names import expected_tensors
@@ -56,10 +60,14 @@ class LoadedModel:
     page_size: int
     num_pages: int
     shard: Shard
+    has_whole_pages: bool
+    """The pool's pages hold all layers and heads: it is one rank's, or shared by all."""
+    ring: Ring | None
+    """To the neighbours in a pipeline of several stages."""
     memory: PageMemory | None
     """The pool's bytes where it lies in host memory."""
     kv: torch.Tensor
-    """The pool: [num_pages, L, 2, K, S, D]."""
+    """The pool: [num_pages, L, 2, K, S, D]; of all ranks where they share it."""
     runner: ModelRunner
     fingerprint: str
     load_weights_s: float
@@ -82,11 +90,14 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     context_len = args.context_length or config.max_position_embeddings
     page_size = args.page_size or DEFAULT_PAGE_SIZE
     fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
-    shard, ranks_on_host, memory = Shard(), 1, None
-    num_ranks = 1 if group is None else group.topology.num_ranks
-    ep_size = choose_ep_size(args, config, device, num_ranks)
-    in_c = computes_in_c(args.own_attention_backend, config, dtype, device, num_ranks, ep_size)
-    num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, num_ranks)
+    topology = Topology() if group is None else group.topology
+    ep_size = choose_ep_size(args, config, device, topology.tp_size)
+    borders = plan_stages(config, topology.pp_size, os.environ)
+    stage = None if topology.pp_size == 1 else Stage(topology.stage, borders)
+    in_c = computes_in_c(args.own_attention_backend, config, dtype, device, topology.tp_size, ep_size)
+    layers = range(config.num_layers) if stage is None else stage.layers
+    num_pages = choose_num_pages(args, config, dtype, device, context_len, page_size, topology.tp_size, layers)
+    connected = None
     if group is not None:
         facts = {
             "--model-path (contents)": fingerprint,
@@ -94,6 +105,8 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
             "--device": device.type,
             "--attention-backend": "cpu" if in_c else "torch_native",
             "--tp-size": str(args.tp_size),
+            "--pp-size": str(args.pp_size),
+            f"{PARTITIONS[0]} (layers at which stages begin)": ",".join(map(str, borders[:-1])),
             "--ep-size": str(args.ep_size),
             "--nnodes": str(args.nnodes),
             "--page-size": str(page_size),
@@ -104,20 +117,24 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
         }
         num_pages = group.agree(facts, num_pages)
         connected = group.connect(device, Pool(num_pages, kv_page_bytes(config, dtype, page_size)), in_c=in_c)
-        shard = replace(connected.shard, ep_size=ep_size)
-        ranks_on_host, memory = connected.ranks_on_host, connected.memory
+    shard = Shard() if connected is None else replace(connected.shard, ep_size=ep_size, stage=stage)
+    memory = None if connected is None else connected.memory
+    has_whole_pages = group is None or memory is not None
     if memory is None:
         memory, kv = allocate_kv(config, dtype, device, num_pages, page_size, shard)
         own_kv = kv
     else:
+        sizes = local_sizes(config, shard)
         kv = kv_from_pages(memory.array, config, dtype, page_size)
-        own_kv = kv[:, :, :, slice(*local_sizes(config, shard).kv_heads)]
+        own_kv = kv[:, sizes.layers.start : sizes.layers.stop, :, slice(*sizes.kv_heads)]
+    ranks_on_host = 1 if connected is None else connected.ranks_on_host
     num_threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks_on_host))
     # More threads than cores would spend a step's time waiting for one another at OpenMP's barriers, which spin.
     torch.set_num_threads(num_threads)
+    wanted = own_tensors(config, shard)
     runner = ModelRunner(
         config,
-        open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0),
+        open_weights(path, args.load_format, config, dummy_seed=args.random_seed or 0, wanted=wanted),
         dtype=dtype,
         device=device,
         kv=own_kv,
@@ -130,8 +147,8 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     if group is not None:
         group.finish_loading()
     return LoadedModel(
-        path, config, dtype, device, context_len, page_size, num_pages, shard, memory, kv, runner, fingerprint,
-        load_weights_s, num_threads,
+        path, config, dtype, device, context_len, page_size, num_pages, shard, has_whole_pages,
+        None if connected is None else connected.ring, memory, kv, runner, fingerprint, load_weights_s, num_threads,
     )  # fmt: skip
 
 
@@ -160,15 +177,19 @@ def choose_num_pages(
     device: torch.device,
     context_len: int,
     page_size: int,
-    num_ranks: int,
+    tp_size: int,
+    layers: range,
 ) -> int:
     """Pages of the KV pool: --max-total-tokens, or a share of the memory there is."""
     if args.max_total_tokens is not None:
         return max(1, args.max_total_tokens // page_size)
     page_bytes = kv_page_bytes(config, dtype, page_size)
     if device.type == "cuda":
-        weights = sum(_product(shape) for shape in expected_tensors(config).values()) * dtype.itemsize // num_ranks
-        page_bytes = page_bytes // config.num_kv_heads * -(-config.num_kv_heads // num_ranks)  # the largest share
+        others = tuple(f"model.layers.{layer}." for layer in range(config.num_layers) if layer not in layers)
+        own = [shape for name, shape in expected_tensors(config).items() if not name.startswith(others)]
+        weights = sum(map(math.prod, own)) * dtype.itemsize // tp_size
+        heads = -(-config.num_kv_heads // tp_size)  # the largest share
+        page_bytes = page_bytes // (config.num_kv_heads * config.num_layers) * heads * len(layers)
         free, _ = torch.cuda.mem_get_info(device)
         budget = free * (args.mem_fraction_static or DEFAULT_CUDA_MEMORY_SHARE) - weights
         if budget < page_bytes:
@@ -188,13 +209,4 @@ def allocate_kv(
     if device.type == "cpu":
         memory = PageMemory.create(num_pages, kv_page_bytes(config, dtype, page_size, shard))
         return memory, kv_from_pages(memory.array, config, dtype, page_size, shard)
-    kv_heads = local_sizes(config, shard).num_kv_heads
-    shape = (num_pages, config.num_layers, 2, kv_heads, page_size, config.head_dim)
-    return None, torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    return None, torch.zeros((num_pages, *kv_page_shape(config, page_size, shard)), dtype=dtype, device=device)

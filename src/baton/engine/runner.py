@@ -6,7 +6,8 @@ chosen (sampling/), who allocates the pool's memory and pages.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -28,22 +29,28 @@ from baton.protocol.rank import TokenLogprobs
 logger = logging.getLogger(__name__)
 
 ATTENTION_BACKENDS = ("auto", "cpu", "torch_native")
+Logits = Callable[[NDArray[np.int64]], torch.Tensor]
+"""Token rows of a step [R] to logits [R, V] float32."""
 LOGPROB_ROWS = 64
 """Prompt rows whose logits are made at once: a whole prompt's would take gigabytes."""
 
 
 def kv_page_bytes(config: ModelConfig, dtype: torch.dtype, page_size: int, shard: Shard | None = None) -> int:
-    """Bytes of one KV page of this rank: (num_layers, 2, num_kv_heads, page_size, head_dim) of `dtype`."""
-    kv_heads = local_sizes(config, shard or Shard()).num_kv_heads
-    return config.num_layers * 2 * kv_heads * page_size * config.head_dim * dtype.itemsize
+    """Bytes of one KV page of this rank: (its layers, 2, its KV heads, page_size, head_dim) of `dtype`."""
+    return math.prod(kv_page_shape(config, page_size, shard)) * dtype.itemsize
+
+
+def kv_page_shape(config: ModelConfig, page_size: int, shard: Shard | None = None) -> tuple[int, int, int, int, int]:
+    """(L, 2, K, S, D) of this rank."""
+    sizes = local_sizes(config, shard or Shard())
+    return len(sizes.layers), 2, sizes.num_kv_heads, page_size, config.head_dim
 
 
 def kv_from_pages(
     pages: NDArray[np.uint8], config: ModelConfig, dtype: torch.dtype, page_size: int, shard: Shard | None = None
 ) -> torch.Tensor:
     """The KV tensor [num_pages, L, 2, K, S, D] over host memory [num_pages, page_bytes]; shares it, copies nothing."""
-    kv_heads = local_sizes(config, shard or Shard()).num_kv_heads
-    shape = (len(pages), config.num_layers, 2, kv_heads, page_size, config.head_dim)
+    shape = (len(pages), *kv_page_shape(config, page_size, shard))
     if pages.dtype != np.uint8 or pages.shape[1:] != (kv_page_bytes(config, dtype, page_size, shard),):
         raise ValueError(f"KV pages of shape {pages.shape} {pages.dtype} do not hold {shape[1:]} of {dtype}")
     return torch.from_numpy(pages).view(dtype).view(shape)
@@ -107,9 +114,9 @@ class ModelRunner:
         self.is_batch_invariant = kernels is not None
         """Each token's logits are the same bits whatever is computed beside it and however its prompt was cut."""
         self.attention_backend = "cpu" if kernels is not None else TorchAttention.name
-        self._decoder: Decoder
+        self.decoder: Decoder
         if kernels is not None:
-            self._decoder = CpuDecoder(
+            self.decoder = CpuDecoder(
                 config,
                 weights,
                 kernels=kernels,
@@ -119,7 +126,7 @@ class ModelRunner:
                 shard=shard,
             )
         else:
-            self._decoder = TorchDecoder(
+            self.decoder = TorchDecoder(
                 config,
                 weights,
                 attention=TorchAttention(kv),
@@ -132,27 +139,31 @@ class ModelRunner:
     def submit(self, batch: ForwardBatch) -> None:
         """Compute the batch's new tokens and write their KV."""
         assert self._begun is None, "collect the last step first"
-        self._begun = batch, self._decoder.forward(batch)
+        self._begun = batch, self.decoder.forward(batch)
 
     def collect(self) -> ForwardOutput:
         """Draw one token for each of the batch's `samples`."""
         assert self._begun is not None, "no step is in flight"
         (batch, hidden), self._begun = self._begun, None
+        return self.draw(batch, hidden.logits)
+
+    def draw(self, batch: ForwardBatch, logits: Logits) -> ForwardOutput:
+        """What a step gives out; `logits` is called with `logit_rows(batch)`, one after the other."""
         rows = iter(logit_rows(batch))
-        prompt_logprobs = [self._prompt_logprobs(hidden, row, rows) for row in batch.prompt_logprobs]
+        prompt_logprobs = [self._prompt_logprobs(logits, row, rows) for row in batch.prompt_logprobs]
         if not batch.samples:
             return ForwardOutput([], [], prompt_logprobs)
-        token_ids, logprobs = self._sampler.sample(hidden.logits(next(rows)), batch.samples)
+        token_ids, logprobs = self._sampler.sample(logits(next(rows)), batch.samples)
         return ForwardOutput(token_ids, logprobs, prompt_logprobs)
 
     def follow(self, batch: ForwardBatch, rows: Iterable[NDArray[np.int64]]) -> None:
         """This rank's part of a step that another rank leads; `rows`: that rank's `logit_rows`."""
-        hidden = self._decoder.forward(batch)
+        hidden = self.decoder.forward(batch)
         for one in rows:
             hidden.logits(one)
 
     def _prompt_logprobs(
-        self, hidden: HiddenStates, row: PromptLogprobsRow, rows: Iterator[NDArray[np.int64]]
+        self, logits: Logits, row: PromptLogprobsRow, rows: Iterator[NDArray[np.int64]]
     ) -> list[TokenLogprobs]:
         done: list[TokenLogprobs] = []
         for offset in range(0, len(row.token_ids), LOGPROB_ROWS):
@@ -160,7 +171,7 @@ class ModelRunner:
             part = PromptLogprobsRow(
                 row.seq_idx, row.first_position + offset, token_ids, row.top_logprobs_num, row.token_ids_logprob
             )
-            done.extend(self._sampler.prompt_logprobs(hidden.logits(next(rows)), part))
+            done.extend(self._sampler.prompt_logprobs(logits(next(rows)), part))
         return done
 
 

@@ -103,11 +103,10 @@ class OwnTiers:
 def page_shape(model: LoadedModel) -> PageShape:
     """What a page of this rank's pool holds, as the store names it. A pool that ranks share has whole pages."""
     config = model.config
-    has_all_heads = model.shard.exchange is not None
-    kv_heads = (0, config.num_kv_heads) if has_all_heads else local_sizes(config, model.shard).kv_heads
+    sizes = local_sizes(config, Shard() if model.has_whole_pages else model.shard)
     return PageShape(
-        layers=range(config.num_layers),
-        kv_heads=range(*kv_heads),
+        layers=sizes.layers,
+        kv_heads=range(*sizes.kv_heads),
         page_size=model.page_size,
         head_dim=config.head_dim,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -163,13 +162,13 @@ def open_tiers(
     )  # fmt: skip
     # A file store is its host's; the replicas of a head may be on others. What falls back to one is put there by everyone.
     is_one_store = backend == "mooncake" and "fallback" not in extra
-    writes = not (is_one_store and is_replica(model.config, model.shard))
+    writes = model.has_whole_pages or not (is_one_store and is_replica(model.config, model.shard))
     return OwnTiers(PageCopier(model.kv, host), worker, wake, writes=writes), prefetch
 
 
 def is_replica(config: ModelConfig, shard: Shard) -> bool:
-    """Whether the rank before has the same KV heads."""
-    if shard.rank == 0 or shard.exchange is not None:
+    """Whether the rank before has the same layers and KV heads."""
+    if shard.rank == 0:
         return False
     before = replace(shard, rank=shard.rank - 1)
     return local_sizes(config, before).kv_heads == local_sizes(config, shard).kv_heads

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from baton.engine.distributed.control import GroupError
 
@@ -32,13 +32,15 @@ def open_store(host: str, port: int, *, is_leader: bool) -> TCPStore:
 class ProcessGroupCollective:
     """Collectives of one device type. All ranks make the same calls in the same order."""
 
-    def __init__(self, store: TCPStore, rank: int, size: int, device: torch.device, own_host: str) -> None:
-        """`own_host`: the address under which this rank reached the leader, or the leader's own."""
+    def __init__(self, store: TCPStore, name: str, rank: int, size: int, device: torch.device, own_host: str) -> None:
+        """`name`: what the ranks of one process group have in common and other groups on the store have not. `own_host`: the
+        address under which this rank reached the leader, or the leader's own."""
         self._rank, self._size = rank, size
         self.name = "nccl" if device.type == "cuda" else "gloo"
         self._store = store  # the leader's is the server: it lives as long as the group
+        of_group = PrefixStore(name, store)
         try:
-            self._group = _nccl(store, rank, size) if self.name == "nccl" else _gloo(store, rank, size, own_host)
+            self._group = _nccl(of_group, rank, size) if self.name == "nccl" else _gloo(of_group, rank, size, own_host)
         except RuntimeError as error:
             raise GroupError(f"no {self.name} group of {size} ranks at {own_host}: {error}") from None
 
@@ -70,7 +72,7 @@ class ProcessGroupCollective:
         return blocks
 
 
-def _gloo(store: TCPStore, rank: int, size: int, own_host: str) -> Any:
+def _gloo(store: Store, rank: int, size: int, own_host: str) -> Any:
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stubs have another name for it
     options._devices = [ProcessGroupGloo.create_device(hostname=own_host)]
     options._timeout = timedelta(seconds=OPERATION_TIMEOUT_S)
@@ -78,7 +80,7 @@ def _gloo(store: TCPStore, rank: int, size: int, own_host: str) -> Any:
     return group(store, rank, size, options)
 
 
-def _nccl(store: TCPStore, rank: int, size: int) -> Any:
+def _nccl(store: Store, rank: int, size: int) -> Any:
     from torch.distributed import ProcessGroupNCCL  # only builds of torch for CUDA have it
 
     options = ProcessGroupNCCL.Options()

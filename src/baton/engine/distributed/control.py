@@ -48,6 +48,9 @@ class Phases(Protocol):
     """The group during start-up."""
 
     @property
+    def topology(self) -> Topology: ...
+
+    @property
     def rank(self) -> int: ...
 
     @property

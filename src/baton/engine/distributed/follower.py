@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args, split_address
 from baton.engine.distributed.group import FollowerGroup
-from baton.engine.distributed.messages import Step, decode_step
+from baton.engine.distributed.messages import EndStep, Step, decode_step
+from baton.engine.distributed.pipeline import stage_part
 from baton.engine.distributed.processes import die_with_parent, end_process, start_siblings
 from baton.engine.distributed.tiers import FollowingTiers, agree_host_pages
 from baton.engine.distributed.topology import Topology, plan_topology
 from baton.engine.load import LoadedModel, choose_device, load_model
+from baton.engine.models.shard import local_sizes
 from baton.engine.server.channel import ChannelAddress, RankChannel
 from baton.engine.tiers import choose_host_pages, open_tiers, page_shape
 from baton.protocol.errors import BatonError
@@ -34,7 +36,11 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
     try:
         device = choose_device(args, topology.local_rank)
         model = load_model(args, device, group)
-        logger.info("%s follows device=%s load_s=%.2f", name, device, model.load_weights_s)
+        layers = local_sizes(model.config, model.shard).layers
+        logger.info(
+            "%s follows device=%s layers=%d-%d load_s=%.2f",
+            name, device, layers.start, layers.stop - 1, model.load_weights_s,
+        )  # fmt: skip
         if channel is not None:
             channel.send(
                 Ready(
@@ -45,13 +51,17 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
                 )
             )  # fmt: skip
         tiers = follow_tiers(args, model, group)
+        part = stage_part(model)
         while True:
-            message = group.receive()
-            if isinstance(message, Step):
-                model.runner.follow(*decode_step(message))
-            else:
-                assert tiers is not None, "the ranks agreed on tiers"
-                tiers.obey(message)
+            match group.receive():
+                case Step() as step:
+                    (model.runner.follow if part is None else part.begin)(*decode_step(step))
+                case EndStep():
+                    assert part is not None, "the ranks agreed on stages"
+                    part.follow_end()
+                case order:
+                    assert tiers is not None, "the ranks agreed on tiers"
+                    tiers.obey(order)
     except (BatonError, OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
         return 1
@@ -68,7 +78,7 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
 
 def follow_tiers(args: EngineArgs, model: LoadedModel, group: FollowerGroup) -> FollowingTiers | None:
     """What this rank has of the tiers, if it has any: where ranks share their pool, they are rank 0's. Raises `BatonError`."""
-    if model.shard.exchange is not None or not args.has_tiers:
+    if model.has_whole_pages or not args.has_tiers:
         return None
     shape = page_shape(model)
     host_pages = agree_host_pages(group, choose_host_pages(args, model.num_pages, shape.page_bytes))

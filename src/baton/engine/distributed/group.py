@@ -17,10 +17,8 @@ from baton.engine.batch import ForwardBatch
 from baton.engine.distributed.connect import Connected, Pool, connect
 from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
-from baton.engine.distributed.links import LinkCollective
-from baton.engine.distributed.messages import Hello, Step, TierAnswer, TierOrder, Welcome, encode_step
+from baton.engine.distributed.messages import EndStep, Hello, Step, TierAnswer, TierOrder, Welcome, encode_step
 from baton.engine.distributed.topology import Topology
-from baton.engine.models.shard import Collective
 
 OnLost = Callable[[str], None]
 LOAD_TIMEOUT_S = 1800.0
@@ -50,7 +48,7 @@ class LeaderGroup:
         self._leader = Leader(topology, address, timeout_s)
         self._on_lost = on_lost
         self._heartbeat: Heartbeat | None = None
-        self._collective: Collective | None = None
+        self._parts: Connected | None = None
         self._encoder = msgspec.msgpack.Encoder()
 
     @property
@@ -67,9 +65,8 @@ class LeaderGroup:
         return agreed
 
     def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
-        connected = connect(self, device, pool, in_c=in_c)
-        self._collective = connected.shard.collective
-        return connected
+        self._parts = connect(self, device, pool, in_c=in_c)
+        return self._parts
 
     @property
     def rank(self) -> int:
@@ -99,11 +96,11 @@ class LeaderGroup:
         """Tell the others what this rank computes next. Raises `GroupError` when one is gone."""
         self.send(encode_step(batch, logit_rows))
 
-    def send(self, message: Step | TierOrder) -> None:
-        """Tell the others; they act in the order of messages. Raises `GroupError` when one is gone."""
+    def send(self, message: Step | EndStep | TierOrder, ranks: range | None = None) -> None:
+        """Tell the others (None: all); they act in the order of messages. Raises `GroupError` when one is gone."""
         data = self._encoder.encode(message)
-        for connection in self._leader.controls.values():
-            connection.send_encoded(data)
+        for rank in self._leader.controls if ranks is None else ranks:
+            self._leader.controls[rank].send_encoded(data)
 
     @property
     def followers(self) -> dict[int, Connection]:
@@ -114,8 +111,8 @@ class LeaderGroup:
         """The others end when they hear of it."""
         if self._heartbeat is not None:
             self._heartbeat.close(last_words)
-        if isinstance(self._collective, LinkCollective):
-            self._collective.close()
+        if self._parts is not None:
+            self._parts.close()
         self._leader.close()
 
 
@@ -127,7 +124,7 @@ class FollowerGroup:
         self._address, self._timeout_s, self._on_lost = address, timeout_s, on_lost
         self._control: Connection | None = None
         self._heartbeat: Heartbeat | None = None
-        self._collective: Collective | None = None
+        self._parts: Connected | None = None
 
     def agree(self, facts: dict[str, str], num_pages: int) -> int:
         hello = Hello(self.topology.rank, facts, num_pages)
@@ -137,9 +134,8 @@ class FollowerGroup:
         return welcome.num_pages
 
     def connect(self, device: torch.device, pool: Pool, *, in_c: bool) -> Connected:
-        connected = connect(self, device, pool, in_c=in_c)
-        self._collective = connected.shard.collective
-        return connected
+        self._parts = connect(self, device, pool, in_c=in_c)
+        return self._parts
 
     @property
     def rank(self) -> int:
@@ -165,10 +161,10 @@ class FollowerGroup:
     def finish_loading(self) -> None:
         self.phase("weights")
 
-    def receive(self) -> Step | TierOrder:
+    def receive(self) -> Step | EndStep | TierOrder:
         """Wait for what comes next. Raises `GroupError` when the leader is gone."""
         message = self._connected().receive(None)
-        if not isinstance(message, Step | TierOrder):
+        if not isinstance(message, Step | EndStep | TierOrder):
             raise GroupError(f"rank 0 sent {type(message).__name__} where a step belongs")
         return message
 
@@ -179,8 +175,8 @@ class FollowerGroup:
     def close(self, last_words: str = "") -> None:
         if self._heartbeat is not None:
             self._heartbeat.close(last_words)
-        if isinstance(self._collective, LinkCollective):
-            self._collective.close()
+        if self._parts is not None:
+            self._parts.close()
         if self._control is not None:
             self._control.close()
 

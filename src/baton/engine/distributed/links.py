@@ -23,10 +23,11 @@ _GREETING = struct.Struct("<16sI")  # the group's token, the dialling rank
 
 
 class LinkCollective:
-    """Implements `models.shard.Collective` for CPU tensors. `links`: other rank -> connected socket."""
+    """Implements `models.shard.Collective` for CPU tensors. `links`: other rank of the shard -> connected socket."""
 
-    def __init__(self, rank: int, links: dict[int, socket.socket]) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, links: dict[int, socket.socket], first_rank: int = 0) -> None:
+        """`first_rank`: number in the group of the shard's rank 0, for messages."""
+        self._rank, self._first_rank = rank, first_rank
         self._links = dict(sorted(links.items()))
         self._size = len(links) + 1
 
@@ -54,9 +55,9 @@ class LinkCollective:
 
     def _exchange(self, own: torch.Tensor, blocks: dict[int, torch.Tensor]) -> None:
         """Send `own` to every rank, fill each rank's block."""
-        data = _bytes(own)
+        data = data_of(own)
         unsent = {rank: rest for rank in self._links if (rest := self._send(rank, data))}
-        missing = {rank: _bytes(block) for rank, block in blocks.items()}
+        missing = {rank: data_of(block) for rank, block in blocks.items()}
         # Small messages have left by now. Of large ones each side has more than the sockets hold: both directions at once.
         while unsent:
             for rank, events in self._wait(unsent, missing):
@@ -86,7 +87,7 @@ class LinkCollective:
         except BlockingIOError:
             return data
         except OSError as error:
-            raise GroupError(f"rank {rank} is gone: {error.strerror or error}") from None
+            raise GroupError(f"rank {self._first_rank + rank} is gone: {error.strerror or error}") from None
 
     def _receive(self, rank: int, target: memoryview, flags: int = 0) -> memoryview:
         """What is still to come."""
@@ -95,38 +96,51 @@ class LinkCollective:
         except BlockingIOError:
             return target
         except OSError as error:
-            raise GroupError(f"rank {rank} is gone: {error.strerror or error}") from None
+            raise GroupError(f"rank {self._first_rank + rank} is gone: {error.strerror or error}") from None
         if not count:
-            raise GroupError(f"rank {rank} is gone: its link was closed")
+            raise GroupError(f"rank {self._first_rank + rank} is gone: its link was closed")
         return target[count:]
 
 
 def open_links(group: Phases) -> LinkCollective:
-    """Connect every pair of ranks; the higher one dials. Raises `GroupError`."""
-    links: dict[int, socket.socket] = {}
+    """Connect every pair of ranks of this rank's stage; the higher one dials. Raises `GroupError`."""
+    members = group.topology.stage_ranks
+    below, above = range(members.start, group.rank), range(group.rank + 1, members.stop)
+    dialled, accepted = open_connections(group, "links", below, above)
+    links = {rank - members.start: link for rank, link in (dialled | accepted).items()}
+    return LinkCollective(group.rank - members.start, links, members.start)
+
+
+def open_connections(
+    group: Phases, name: str, dials: Sequence[int], accepts: Sequence[int]
+) -> tuple[dict[int, socket.socket], dict[int, socket.socket]]:
+    """Connections of this rank to others, by rank: those that it dials and those that dial it. All ranks of the group call this
+    together. Raises `GroupError`."""
+    dialled: dict[int, socket.socket] = {}
+    accepted: dict[int, socket.socket] = {}
     try:
         with socket.create_server((group.own_host, 0), family=_family(group.own_host), backlog=group.size) as listener:
             token = secrets.token_hex(8) if group.rank == 0 else ""
-            values = group.phase("links", f"{listener.getsockname()[1]} {group.own_host} {token}")
+            values = group.phase(name, f"{listener.getsockname()[1]} {group.own_host} {token}")
             key = values[0].split()[2].encode()
-            for rank in range(group.rank):
+            for rank in dials:
                 port, host = values[rank].split()[:2]
-                links[rank] = socket.create_connection((host, int(port)), timeout=LINK_TIMEOUT_S)
-                links[rank].sendall(_GREETING.pack(key, group.rank))
-            _accept(listener, links, range(group.rank + 1, group.size), key)
-        group.phase("linked")
+                dialled[rank] = socket.create_connection((host, int(port)), timeout=LINK_TIMEOUT_S)
+                dialled[rank].sendall(_GREETING.pack(key, group.rank))
+            _accept(listener, accepted, accepts, key)
+        group.phase(f"{name} done")
     except OSError as error:
-        for link in links.values():
+        for link in (*dialled.values(), *accepted.values()):
             link.close()
         raise GroupError(f"rank {group.rank} cannot connect to the others: {error}") from None
-    for link in links.values():
+    for link in (*dialled.values(), *accepted.values()):
         link.settimeout(None)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return LinkCollective(group.rank, links)
+    return dialled, accepted
 
 
-def _accept(listener: socket.socket, links: dict[int, socket.socket], ranks: range, key: bytes) -> None:
+def _accept(listener: socket.socket, links: dict[int, socket.socket], ranks: Sequence[int], key: bytes) -> None:
     """Wait for `ranks`; strangers are sent away."""
     deadline = time.monotonic() + LINK_TIMEOUT_S
     while any(rank not in links for rank in ranks):
@@ -148,7 +162,7 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def data_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     # Flat first: where a dimension has size 1 its stride may be anything.
     return tensor.view(-1).view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")

@@ -86,6 +86,10 @@ class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
     """Token rows of each call for logits, in order."""
 
 
+class EndStep(msgspec.Struct, tag="end_step", frozen=True, array_like=True):
+    """To the first stage of a pipeline: the logits of the oldest step that has begun."""
+
+
 class Order(msgspec.Struct, frozen=True, array_like=True):
     """A `StoreAction`."""
 
@@ -146,7 +150,7 @@ TierOrder = Move | Clear | AskStore
 """From the leader."""
 TierAnswer = Answers | Cleared | StoreIs
 """To the leader."""
-Message = Hello | Watch | Welcome | Refused | Done | Go | Step | TierOrder | TierAnswer
+Message = Hello | Watch | Welcome | Refused | Done | Go | Step | EndStep | TierOrder | TierAnswer
 
 
 def encode_step(batch: ForwardBatch, logit_rows: list[NDArray[np.int64]]) -> Step:

@@ -35,7 +35,7 @@ class RowsStruct(Structure):
 class KvPoolStruct(Structure):
     _fields_ = (
         ("base", c_void_p),
-        ("num_layers", c_int64),
+        ("page_layers", c_int64),
         ("num_kv_heads", c_int64),
         ("page_size", c_int64),
         ("head_dim", c_int64),
@@ -213,10 +213,10 @@ class NativeBatch:
 
 
 def kv_pool_struct(kv: torch.Tensor) -> KvPoolStruct:
-    """`kv`: [pages, layers, 2, K, S, D] bf16 on the CPU; all heads of a contiguous pool, or consecutive ones of them."""
-    _, layers, _, kv_heads, page_size, head_dim = kv.shape
+    """`kv`: [pages, layers, 2, K, S, D] bf16 on the CPU; all layers and heads of a contiguous pool, or consecutive ones of them."""
+    _, _, _, kv_heads, page_size, head_dim = kv.shape
     page_heads = kv.stride(2) // (page_size * head_dim)
-    return KvPoolStruct(kv.data_ptr(), layers, kv_heads, page_size, head_dim, page_heads)
+    return KvPoolStruct(kv.data_ptr(), kv.stride(0) // kv.stride(1), kv_heads, page_size, head_dim, page_heads)
 
 
 class PackedLinear:

@@ -1,7 +1,8 @@
 """The decoder of Llama, Qwen2, Qwen3 and Qwen3-MoE in torch: any dtype, any device, any attention backend, any shard.
 
 What differs between them is data: biases, q/k norms and experts (`feed_forward`) are present or not. `decoder_cpu` is the same model in C.
-Over several ranks: one sum for each half layer, and the ranks' columns of embedding and logits put side by side.
+Over several ranks: one sum for each half layer, and the ranks' columns of embedding and logits put side by side. A pipeline stage runs
+its own layers and leaves hidden states to the next one.
 Not here: sampling, which request a row is, KV page bookkeeping.
 
 Shape letters: T tokens, R rows whose logits are wanted, E hidden size, V vocabulary, H, K, D as in attention.base.
@@ -31,10 +32,28 @@ class HiddenStates(Protocol):
     def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """[R, V] float32 of tokens `rows` of the batch (0..T-1, R <= T)."""
 
+    def left(self, rows: NDArray[np.int64] | None = None) -> torch.Tensor:
+        """[R, E] of `hidden_dtype`, the caller's own: what the layers so far made of tokens `rows` (None: of all)."""
+
 
 class Decoder(Protocol):
-    def forward(self, batch: ForwardBatch) -> HiddenStates:
-        """Run all layers over the batch's new tokens; writes their keys and values."""
+    """Of one stage. What `HiddenStates.left` gives on one stage, `forward` and `head` take on another, bit for bit."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of hidden states between stages."""
+
+    def forward(self, batch: ForwardBatch, hidden: torch.Tensor | None = None) -> HiddenStates:
+        """Run the stage's layers over the batch's new tokens; writes their keys and values.
+
+        `hidden`: [T, E] that the stage before left; None: this is the first one.
+        """
+
+    def head(self, batch: ForwardBatch, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, V] float32 of what the last stage left of some tokens of `batch`, [R, E]; on the first stage, R <= T."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +86,22 @@ class TorchDecoder:
         """`num_positions`: the longest sequence, in tokens. Raises `ModelError` for wrong weights."""
         self._config, self._shard, self._attention, self._device = config, shard, attention, device
         self._sizes = local_sizes(config, shard)
+        self.hidden_size, self.hidden_dtype = config.hidden_size, dtype
         tensors = dict(iter_parameters(config, shard, weights, dtype=dtype, device=device, cut="inputs"))
-        self._embedding = tensors["embedding"]
-        self._final_norm = tensors["final_norm"]
-        self._head = tensors.get("head.weight", self._embedding)
-        self._layers = [_layer(config, self._sizes, tensors, index) for index in range(config.num_layers)]
+        if shard.has_head:
+            self._embedding = tensors["embedding"]
+            self._final_norm = tensors["final_norm"]
+            self._head = tensors.get("head.weight", self._embedding)
+        self._layers = [_layer(config, self._sizes, tensors, index) for index in self._sizes.layers]
         self._rotary = rotary_table(config, num_positions, device)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> HiddenStates:
+    def forward(self, batch: ForwardBatch, hidden: torch.Tensor | None = None) -> HiddenStates:
         self._attention.plan(batch)
-        token_ids = torch.from_numpy(batch.token_ids).to(self._device)
         rotary = self._rotary[torch.from_numpy(batch.positions).to(self._device)]
-        hidden = self._whole_rows(F.embedding(token_ids, self._embedding), self._config.hidden_size)
+        if hidden is None:
+            token_ids = torch.from_numpy(batch.token_ids).to(self._device)
+            hidden = self._whole_rows(F.embedding(token_ids, self._embedding), self._config.hidden_size)
         for index, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, self._config.rms_norm_eps)
             hidden = hidden + self._shard.all_reduce(self._attend(index, layer, normed, rotary))
@@ -98,8 +120,11 @@ class TorchDecoder:
         attended = self._attention.forward(index, rotate(q, rotary))
         return F.linear(attended.reshape(len(x), -1), layer.out, layer.out_bias)
 
+    def head(self, batch: ForwardBatch, hidden: torch.Tensor) -> torch.Tensor:
+        return self.logits(hidden)
+
     @torch.inference_mode()
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] before the final norm -> [R, V] float32."""
         logits = F.linear(rms_norm(hidden, self._final_norm, self._config.rms_norm_eps), self._head).float()
         return self._whole_rows(logits, self._config.vocab_size)
@@ -121,9 +146,11 @@ class _TorchHidden:
         self._hidden = hidden
 
     def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        with torch.inference_mode():
-            picked = self._hidden[torch.from_numpy(rows).to(self._hidden.device)]
-        return self._decoder.head(picked)
+        return self._decoder.logits(self.left(rows))
+
+    @torch.inference_mode()
+    def left(self, rows: NDArray[np.int64] | None = None) -> torch.Tensor:
+        return self._hidden if rows is None else self._hidden[torch.from_numpy(rows).to(self._hidden.device)]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ Same model as `decoder`, same parameters, other arithmetic: the residual stream 
 own sequence only, bit for bit (csrc/common.h). Over several ranks no sum is cut, so they give the bits of one rank: each computes
 some columns of every product, and all see the whole of what goes into the next one. Where the ranks share memory they write it
 there and only meet, within the one call; elsewhere the step runs part by part and a collective fills in the others' columns.
+Between pipeline stages the residual stream travels as it is, in fp32, with the last `delta` added: the bits of one stage again.
 Not here: the stages themselves (csrc/decoder.c).
 """
 
@@ -41,7 +42,7 @@ _CPU = torch.device("cpu")
 
 
 class CpuDecoder:
-    """`kv`: [pages, L, 2, K, S, D] bf16; this rank's heads of a contiguous pool. Raises `ModelError` for wrong weights."""
+    """`kv`: [pages, L, 2, K, S, D] bf16; this rank's layers and heads of a contiguous pool. Raises `ModelError` for wrong weights."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class CpuDecoder:
     ) -> None:
         self._config, self._shard, self._kernels, self._num_threads = config, shard, kernels, num_threads
         self._sizes = local_sizes(config, shard)
+        self.hidden_size, self.hidden_dtype = config.hidden_size, torch.float32
         self._kv = kv
         self._pool = kv_pool_struct(kv)
         self._linears: dict[str, PackedLinear] = {}
@@ -68,16 +70,19 @@ class CpuDecoder:
         self._scratch = aligned_empty(0, torch.uint8)
         self._memory = aligned_empty(0, torch.uint8) if shard.exchange is None else shard.exchange.memory
 
-    def forward(self, batch: ForwardBatch) -> HiddenStates:
+    def forward(self, batch: ForwardBatch, hidden: torch.Tensor | None = None) -> HiddenStates:
         native = NativeBatch(batch)
         model, batch_ref = byref(self._model), byref(native.struct)
         size = self._kernels.bt_decoder_scratch_bytes(model, batch_ref, self._num_threads)
         if size > len(self._scratch):
             self._scratch = aligned_empty(size + size // 4, torch.uint8)
         shared = self._share(len(batch.token_ids))
-        num_parts = 1 + 4 * self._config.num_layers
+        if hidden is not None:
+            self._enter(shared, hidden)
+        # Part 0 is the embedding.
+        first_part, end = int(hidden is not None), 1 + 4 * len(self._sizes.layers)
         in_one = self._shard.size == 1 or self._exchange is not None
-        for first, last in [(0, num_parts)] if in_one else pairwise(range(num_parts + 1)):
+        for first, last in [(first_part, end)] if in_one else pairwise(range(first_part, end + 1)):
             self._kernels.bt_decoder_run(
                 *(model, batch_ref, byref(self._pool), byref(shared.struct), self._scratch.data_ptr()),
                 *(first, last, self._exchange, self._num_threads),
@@ -86,7 +91,12 @@ class CpuDecoder:
                 self._gather(native, shared, first)
         return _CpuHidden(self, native, shared)
 
-    def head(self, native: NativeBatch, shared: "_Shared", rows: NDArray[np.int64]) -> torch.Tensor:
+    def head(self, batch: ForwardBatch, hidden: torch.Tensor) -> torch.Tensor:
+        shared = self._share(len(batch.token_ids))
+        self._enter(shared, hidden)
+        return self.logits(NativeBatch(batch), shared, np.arange(len(hidden)))
+
+    def logits(self, native: NativeBatch, shared: "_Shared", rows: NDArray[np.int64]) -> torch.Tensor:
         """[R, V] float32, overwritten by the next call."""
         vocab = self._config.vocab_size
         logits = self._take([(len(rows), vocab)], torch.float32, shared.end)[0]
@@ -97,6 +107,29 @@ class CpuDecoder:
         if self._exchange is None:
             self._shard.gather_columns(logits, self._shard.borders(vocab))
         return logits
+
+    def leave(self, shared: "_Shared", rows: NDArray[np.int64] | None) -> torch.Tensor:
+        """[R, E] float32: the residual of the step that last ran, after all its parts."""
+        residual, delta = self._residual(len(shared.delta)), shared.delta
+        if rows is not None:
+            picked = torch.from_numpy(rows)
+            residual, delta = residual[picked], delta[picked]
+        left = residual + delta
+        if self._exchange is not None:
+            self._kernels.bt_exchange_meet(
+                self._exchange
+            )  # no rank may write the next `delta` before all have read this one
+        return left
+
+    def _enter(self, shared: "_Shared", hidden: torch.Tensor) -> None:
+        """Go on where another stage left, in the first rows of the scratch."""
+        self._residual(len(hidden)).copy_(hidden)
+        shared.delta[: len(hidden)].fill_(-0.0)  # added to any number, -0.0 too, it changes nothing
+
+    def _residual(self, num_rows: int) -> torch.Tensor:
+        """[rows, E]: the scratch of every step begins with it (csrc/decoder.c)."""
+        width = self._config.hidden_size
+        return self._scratch[: num_rows * width * 4].view(torch.float32).view(num_rows, width)
 
     def _share(self, num_tokens: int) -> "_Shared":
         """The tensors of a step that all ranks see whole."""
@@ -128,7 +161,7 @@ class CpuDecoder:
         config, shard = self._config, self._shard
         if part % 4 == 1:
             shard.gather_columns(shared.attended, [h * config.head_dim for h in head_borders(config, shard.size)])
-        elif part % 4 == 3 and config.experts_of(part // 4) is not None:
+        elif part % 4 == 3 and config.experts_of(self._sizes.layers[part // 4]) is not None:
             self._gather_pairs(native, shared)
         elif part % 4 == 3:
             inner = config.intermediate_size
@@ -178,22 +211,20 @@ class CpuDecoder:
 
     def _build_model(self) -> ModelStruct:
         config, sizes, shard = self._config, self._sizes, self._shard
-        layers = (LayerStruct * config.num_layers)()
-        for index in range(config.num_layers):
-            layers[index] = self._build_layer(index)
+        layers = (LayerStruct * len(sizes.layers))(*map(self._build_layer, sizes.layers))
         return ModelStruct(
-            num_layers=config.num_layers,
+            num_layers=len(sizes.layers),
             hidden=config.hidden_size,
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=config.head_dim,
-            embedding_columns=self._vectors["embedding"].shape[1],
+            embedding_columns=self._vectors["embedding"].shape[1] if shard.has_head else 0,
             eps=config.rms_norm_eps,
             scale=config.head_dim**-0.5,
             embedding=self._address("embedding"),
             rotary=self._address("rotary"),
             final_norm=self._address("final_norm"),
-            head=self._linears["head"].struct,
+            head=self._linears["head"].struct if shard.has_head else LinearStruct(),
             layers=layers,
             first=FirstColumnsStruct(
                 delta=shard.span(config.hidden_size)[0],
@@ -261,7 +292,10 @@ class _CpuHidden:
         self._decoder, self._native, self._shared = decoder, native, shared
 
     def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        return self._decoder.head(self._native, self._shared, np.ascontiguousarray(rows, np.int64))
+        return self._decoder.logits(self._native, self._shared, np.ascontiguousarray(rows, np.int64))
+
+    def left(self, rows: NDArray[np.int64] | None = None) -> torch.Tensor:
+        return self._decoder.leave(self._shared, rows)
 
 
 def _padded(num_bytes: int) -> int:

@@ -45,9 +45,22 @@ class _Pending:
 def plan_parts(config: ModelConfig, shard: Shard, cut: Cut) -> dict[str, tuple[Part, ...]]:
     """HF name -> where it goes. Parameters are named "layers.3.qkv.weight", "embedding", "final_norm", "head.weight".
 
-    One rank has no "head.weight" of its own where the head is the embedding.
+    Tensors that go nowhere are those of other stages and other ranks' experts. One rank has no "head.weight" of its own
+    where the head is the embedding.
     """
     sizes = local_sizes(config, shard)
+    parts = _end_parts(config, shard) if shard.has_head else {}
+    for layer in sizes.layers:
+        source, target = f"model.layers.{layer}.", f"layers.{layer}."
+        experts = config.experts_of(layer)
+        found = _layer_parts(config, shard, sizes, cut, source, target, is_dense=experts is None)
+        parts.update({name: (part,) for name, part in found.items()})
+        if experts is not None:
+            parts.update(_expert_parts(config, experts, shard, sizes, cut, source, target))
+    return parts
+
+
+def _end_parts(config: ModelConfig, shard: Shard) -> dict[str, tuple[Part, ...]]:
     embedding = Part("embedding", slice(None), slice(*shard.span(config.hidden_size)), 0)
     head = Part("head.weight", slice(*shard.span(config.vocab_size)), None, 0)
     is_shared = config.tie_word_embeddings
@@ -57,14 +70,12 @@ def plan_parts(config: ModelConfig, shard: Shard, cut: Cut) -> dict[str, tuple[P
     }
     if not is_shared:
         parts["lm_head.weight"] = (head,)
-    for layer in range(config.num_layers):
-        source, target = f"model.layers.{layer}.", f"layers.{layer}."
-        experts = config.experts_of(layer)
-        found = _layer_parts(config, shard, sizes, cut, source, target, is_dense=experts is None)
-        parts.update({name: (part,) for name, part in found.items()})
-        if experts is not None:
-            parts.update(_expert_parts(config, experts, shard, sizes, cut, source, target))
     return parts
+
+
+def own_tensors(config: ModelConfig, shard: Shard) -> frozenset[str]:
+    """HF names of what `iter_parameters` needs of a checkpoint; it passes over the others."""
+    return frozenset(plan_parts(config, shard, "inputs"))
 
 
 def iter_parameters(
@@ -83,16 +94,17 @@ def iter_parameters(
     parts, shapes = plan_parts(config, shard, cut), expected_tensors(config)
     sizes = _parameter_sizes(parts, shapes)
     pending: dict[str, _Pending] = {}
+    seen: set[str] = set()
     for name, tensor in weights:
-        targets = parts.pop(name, None)
-        if targets is None:
-            if name not in shapes and is_ignorable(name, config):
-                continue
+        if name not in shapes and is_ignorable(name, config):
+            continue
+        if name not in shapes or name in seen:
             problem = "was given twice" if name in shapes else f"is not part of a {config.architecture}"
             raise ModelError(f"tensor {name} {problem}.")
         if tuple(tensor.shape) != shapes[name]:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, the config implies {list(shapes[name])}.")
-        for part in targets:
+        seen.add(name)
+        for part in parts.pop(name, ()):
             entry = pending.get(part.parameter)
             if entry is None:
                 shape, count = sizes[part.parameter]
@@ -185,7 +197,7 @@ def _expert_parts(
     target: str,
 ) -> dict[str, tuple[Part, ...]]:
     """The router, whole, and this rank's experts, one below the other: "experts.gate_up.weight" [experts * 2 columns, E] and
-    "experts.down.weight" [experts * E or own columns of E, inputs]. Other ranks' experts go nowhere."""
+    "experts.down.weight" [experts * E or own columns of E, inputs]."""
     parts: dict[str, tuple[Part, ...]] = {f"{source}mlp.gate.weight": (_whole(f"{target}router.weight"),)}
     inner, own_hidden = slice(*sizes.expert_inner), slice(*shard.span(config.hidden_size))
     width = inner.stop - inner.start
@@ -193,12 +205,8 @@ def _expert_parts(
     if cut == "outputs" and shard.ep_size > 1:
         down_rows = slice(None)  # whole experts
     down_height = len(range(config.hidden_size)[down_rows])
-    for index, module in enumerate(expert_modules(experts)):
-        place = index - sizes.experts[0]
+    for place, module in enumerate(expert_modules(experts)[slice(*sizes.experts)]):
         names = [f"{source}{module}.{name}_proj.weight" for name in ("gate", "up", "down")]
-        if not 0 <= place < sizes.experts[1] - sizes.experts[0]:
-            parts.update(dict.fromkeys(names, ()))
-            continue
         gate_up, down = f"{target}experts.gate_up.weight", f"{target}experts.down.weight"
         parts[names[0]] = (Part(gate_up, inner, None, 2 * place * width),)
         parts[names[1]] = (Part(gate_up, inner, None, (2 * place + 1) * width),)

@@ -1,6 +1,6 @@
 """Which part of a model one rank holds, and how the ranks' results meet.
 
-Heads, feed-forward columns, hidden columns and vocabulary are cut into one span for each rank; spans may be uneven. With more ranks
+A rank is one of those that share the layers of a pipeline stage (`stages`); without stages, all of them. Heads, feed-forward columns, hidden columns and vocabulary are cut into one span for each rank; spans may be uneven. With more ranks
 than kv heads a kv head is held by several ranks, which share its query heads. How a product is cut is the decoder's
 choice (`parameters.Cut`). Not here: process groups; a shard of several ranks takes its collective from outside.
 """
@@ -14,6 +14,7 @@ import torch
 
 from baton.engine.errors import ModelError
 from baton.engine.models.spec import ModelConfig
+from baton.engine.models.stages import Stage
 
 
 class Collective(Protocol):
@@ -40,7 +41,7 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank `rank` of `size`. Invariant: size == 1, or one of `collective` and `exchange` is given."""
+    """Rank `rank` of the `size` ranks of a stage. Invariant: size == 1, or one of `collective` and `exchange` is given."""
 
     rank: int = 0
     size: int = 1
@@ -49,6 +50,8 @@ class Shard:
     """For the C decoder, where all ranks share memory."""
     ep_size: int = 1
     """Into how many parts a layer's experts are dealt out; the ranks of one part, size / ep_size of them, cut its experts."""
+    stage: Stage | None = None
+    """None: all layers."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -57,6 +60,11 @@ class Shard:
             raise ValueError("a shard of several ranks needs a collective or an exchange")
         if self.size % self.ep_size:
             raise ValueError(f"{self.size} ranks cannot be dealt into {self.ep_size} parts")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether embedding, final norm and head are here."""
+        return self.stage is None or self.stage.is_first
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         return partial if self.collective is None else self.collective.all_reduce(partial)
@@ -76,8 +84,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class LocalSizes:
-    """What this rank computes of each layer."""
+    """Which layers this rank computes, and what of each."""
 
+    layers: range
+    """Of the whole model's."""
     kv_heads: tuple[int, int]
     """First and one-behind-last kv head."""
     heads: tuple[int, int]
@@ -112,7 +122,8 @@ def local_sizes(config: ModelConfig, shard: Shard) -> LocalSizes:
         )
     kv_heads, heads = _head_spans(config, shard.rank, shard.size)
     experts, expert_inner = _expert_spans(config, shard)
-    return LocalSizes(kv_heads, heads, shard.span(config.intermediate_size), experts, expert_inner)
+    layers = range(config.num_layers) if shard.stage is None else shard.stage.layers
+    return LocalSizes(layers, kv_heads, heads, shard.span(config.intermediate_size), experts, expert_inner)
 
 
 def _expert_spans(config: ModelConfig, shard: Shard) -> tuple[tuple[int, int], tuple[int, int]]:

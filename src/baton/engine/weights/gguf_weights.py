@@ -4,7 +4,7 @@ Dequantisation is the `gguf` package's. What this file owns: which types are kno
 order that llama-architecture files give Q and K (their rotary embedding pairs neighbours, HF's pairs halves).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ class _Entry:
         return data if self.index is None else data[self.index]
 
 
-def gguf_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, tensor on the CPU): float16 and bfloat16 as stored, everything else float32.
+def gguf_weights(
+    path: Path, config: ModelConfig, wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(HF name, tensor on the CPU) of all or the `wanted` ones: float16 and bfloat16 as stored, everything else float32.
 
     Everything but the values is checked before the first tensor is given out. `ModelError` names file and tensor.
     """
@@ -64,7 +66,7 @@ def gguf_weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, torch.T
         else:
             entries[known_name] = _Entry(tensor)
     shapes = {name: entry.shape for name, entry in entries.items()}
-    names = check_tensors(path, shapes, config)
+    names = [name for name in check_tensors(path, shapes, config) if wanted is None or name in wanted]
     permuted_heads = _permuted_heads(file.need("general.architecture", str), config)
     return _read(entries, names, permuted_heads)
 

@@ -4,7 +4,7 @@ Formats live beside this file (safetensors_weights, gguf_weights, dummy_weights)
 ranks, packing; the model takes each tensor, keeps its part and lets it go, so peak memory stays near one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -33,9 +33,9 @@ def check_load_format(load_format: str) -> None:
 
 
 def open_weights(
-    path: Path, load_format: str, config: ModelConfig, *, dummy_seed: int = 0
+    path: Path, load_format: str, config: ModelConfig, *, dummy_seed: int = 0, wanted: Collection[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, CPU tensor) of each tensor in `names.expected_tensors(config)`, exactly once each.
+    """(HF name, CPU tensor) of each tensor in `wanted` (None: in `names.expected_tensors(config)`), exactly once each.
 
     Dtypes are float32, float16 or bfloat16 as the file has them (quantised GGUF: float32; dummy: the config's); weights
     are (out, in). A tied head is not given out: it is the embedding. "auto" looks at the path. Tensors may map the file
@@ -43,7 +43,7 @@ def open_weights(
     """
     check_load_format(load_format)
     if load_format == "dummy":
-        return dummy_weights(config, dummy_seed)
+        return dummy_weights(config, dummy_seed, wanted)
     gguf_path = find_gguf(path)
     if load_format == "safetensors" and gguf_path is not None:
         raise ModelError(f"{gguf_path}: --load-format safetensors was asked for, but this is a GGUF file.")
@@ -52,5 +52,5 @@ def open_weights(
             f"{path}: --load-format gguf was asked for, but this directory holds none, or safetensors too."
         )
     if gguf_path is not None:
-        return gguf_weights(gguf_path, config)
-    return safetensors_weights(path, config)
+        return gguf_weights(gguf_path, config, wanted)
+    return safetensors_weights(path, config, wanted)

@@ -1,6 +1,6 @@
 """Tensors of a directory of safetensors files, one by one, mapped rather than read."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -13,8 +13,10 @@ from baton.engine.weights.files import INDEX_NAME, safetensors_files
 from baton.engine.weights.safetensors_header import DTYPE_BYTES, read_header
 
 
-def safetensors_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, tensor in its stored dtype on the CPU), file after file.
+def safetensors_weights(
+    directory: Path, config: ModelConfig, wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(HF name, tensor in its stored dtype on the CPU) of all or the `wanted` ones, file after file.
 
     Everything is checked before the first tensor is given out. `ModelError` names the file and the tensor.
     """
@@ -37,8 +39,8 @@ def safetensors_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[
             raise bad_model(
                 directory / str((index or {})[name]), f"missing tensor {name}, which the index places here."
             )
-    wanted = set(check_tensors(files[0] if len(files) == 1 else directory, shapes, config))
-    return _read(names_of_file, wanted)
+    names = set(check_tensors(files[0] if len(files) == 1 else directory, shapes, config))
+    return _read(names_of_file, names if wanted is None else names.intersection(wanted))
 
 
 def _read(names_of_file: dict[Path, list[str]], wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:

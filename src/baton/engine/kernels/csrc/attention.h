@@ -13,8 +13,8 @@
 #include "common.h"
 
 typedef struct {
-    bf16 *base; /* (pages, layers, 2, page_heads, S, D), at the first of this rank's K heads */
-    int64_t num_layers, num_kv_heads, page_size, head_dim;
+    bf16 *base; /* (pages, page_layers, 2, page_heads, S, D), at the first of this rank's layers and K heads */
+    int64_t page_layers, num_kv_heads, page_size, head_dim; /* page_layers: of a page; those of this rank, or more */
     int64_t page_heads; /* kv heads of a page: K, or more where ranks share the pool */
 } KvPool;
 
@@ -79,7 +79,7 @@ void attention_item(const Attention *a, int64_t item, int64_t next_item, int tid
 void attention_merge_item(const Attention *a, int64_t item, int tid);
 
 INLINE bf16 *kv_slot(const KvPool *p, int64_t page, int64_t layer, int64_t is_v, int64_t head, int64_t slot) {
-    return p->base + (((((page * p->num_layers + layer) * 2 + is_v) * p->page_heads + head) * p->page_size) + slot) * p->head_dim;
+    return p->base + (((((page * p->page_layers + layer) * 2 + is_v) * p->page_heads + head) * p->page_size) + slot) * p->head_dim;
 }
 
 #endif
