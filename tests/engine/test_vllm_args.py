@@ -5,9 +5,9 @@ import json
 import pytest
 
 from baton.engine.args import EngineArgs, engine_args
-from baton.engine.flags import FlagError, flags_of
+from baton.engine.flags import FlagError, effect_notes, flags_of
 from baton.engine.vllm.args import VllmArgs, engine_flags, token_count, vllm_args
-from baton.engine.vllm.launch import cli_main, dialect_of, flags_of_nodes, nodes_for, notes
+from baton.engine.vllm.launch import cli_main, dialect_of, flags_of_nodes, nodes_for
 
 
 def parsed(command: str) -> VllmArgs:
@@ -35,7 +35,9 @@ def test_the_manifests_command() -> None:
     ("flags", "field", "value"),
     [
         ("-tp 4", "tp_size", 4),
-        ("--tensor_parallel_size=2 -pp 2", "tp_size", 4),
+        ("--tensor_parallel_size=2 -pp 3", "tp_size", 2),
+        ("--tensor_parallel_size=2 -pp 3", "pp_size", 3),
+        ("-tp 2 -pp 3 --enable-expert-parallel", "ep_size", 2),
         ("--max-model-len 8k", "context_length", 8000),
         ("--max-model-len 8K", "context_length", 8192),
         ("--gpu-memory-utilization 0.5", "mem_fraction_static", 0.5),
@@ -72,15 +74,11 @@ def test_what_does_nothing_is_said_once_with_its_reason() -> None:
     command = (
         "--model m --trust-remote-code --enforce-eager --swap-space 8 --disable-log-requests --tensor-parallel-size 2"
     )
-    found = notes(parsed(command))
+    found = effect_notes(parsed(command), "cuda")
     assert [note.split()[0] for note in found] == [
         "--trust-remote-code", "--disable-log-requests", "--swap-space", "--enforce-eager"
     ]  # fmt: skip
-    assert notes(parsed("--model m -tp 2 -pp 2")) == [
-        "--pipeline-parallel-size 2: served as --tensor-parallel-size 4 (every rank computes a part of every layer; the "
-        "answers are the same)"
-    ]
-    assert notes(vllm_args(["--model", "m"])) == []
+    assert effect_notes(vllm_args(["--model", "m"]), "cuda") == []
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:

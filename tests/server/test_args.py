@@ -36,7 +36,11 @@ def test_manifests_commands_are_understood() -> None:
         ("--tp 2 --nnodes 2", "--nnodes above 1 needs --dist-init-addr HOST:PORT"),
         ("--dist-init-addr 20000", "--dist-init-addr must be HOST:PORT, got '20000'"),
         ("--tp 2 --nnodes 2 --node-rank 2 --dist-init-addr h:1", "--node-rank must be below --nnodes (2), got 2"),
-        ("--pp 2", "--pp-size 2: pipelines are not served yet"),
+        (
+            "--tp 3 --pp 3 --nnodes 2 --dist-init-addr h:1",
+            "--tp-size 3 times --pp-size 3 must be a multiple of --nnodes 2",
+        ),
+        ("--pp 0", "--pp must be at least 1"),
         ("--dp 2", "--dp-size 2: start several workers behind a router instead"),
         ("--ep 2", "--ep-size 2 must divide --tp-size 1"),
     ],
@@ -117,7 +121,7 @@ def test_an_ambiguous_prefix_lists_the_candidates() -> None:
 @pytest.mark.parametrize(
     "flags",
     ["--quantization fp8", "--kv-cache-dtype fp8_e5m2", "--lora-paths a=b", "--json-model-override-args {}x",
-     "--dp 2", "--config f.yaml", "--node-rank 1", "--pp 2", "--chunked-prefill-size 0", "--is-embedding"],
+     "--dp 2", "--config f.yaml", "--node-rank 1", "--chunked-prefill-size 0", "--is-embedding"],
 )  # fmt: skip
 def test_flags_that_would_change_answers_are_refused_by_name(flags: str) -> None:
     [line] = problems(f"--model m {flags}")

@@ -155,7 +155,7 @@ class VllmArgs:
 
     # Parallelism.
     tensor_parallel_size: int = flag(1, "tensor-parallel ranks", minimum=1)
-    pipeline_parallel_size: int = flag(1, "pipeline stages; served as so many times more tensor-parallel ranks, with the same answers", minimum=1)
+    pipeline_parallel_size: int = flag(1, "pipeline stages of --tensor-parallel-size ranks each (VLLM_PP_LAYER_PARTITION=10,12: layers of each)", minimum=1)
     data_parallel_size: int = flag(1, "data-parallel engines", minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
     enable_expert_parallel: bool = flag(False, "whole experts on each rank, instead of a part of every expert")
     distributed_executor_backend: str | None = flag(None, "ray: over the nodes that multi-node-serving.sh gathered; mp, uni: this node; none: ray where nodes are gathered", choices=("ray", "mp", "uni"))
@@ -193,6 +193,7 @@ _SAME = {
     "enable_prompt_tokens_details": "enable_cache_report", "enable_log_requests": "log_requests",
     "gpu_memory_utilization": "mem_fraction_static", "max_num_seqs": "max_running_requests", "block_size": "page_size",
     "stream_interval": "stream_interval", "nnodes": "nnodes", "node_rank": "node_rank",
+    "tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size",
 }  # fmt: skip
 """Ours under another name: the value is passed on where it is given."""
 
@@ -312,10 +313,8 @@ def engine_flags(args: VllmArgs, api_key: str | None = None, side_channel_port: 
         found["device"] = args.device
     if args.generation_config == "vllm":
         found["sampling_defaults"] = "openai"
-    if args.num_ranks > 1:
-        found["tp_size"] = args.num_ranks
-        if args.enable_expert_parallel:
-            found["ep_size"] = args.num_ranks
+    if args.enable_expert_parallel and args.tensor_parallel_size > 1:
+        found["ep_size"] = args.tensor_parallel_size
     mode = kv_mode(args)
     if mode != "null":
         found["disaggregation_mode"] = mode

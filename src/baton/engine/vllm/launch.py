@@ -51,7 +51,7 @@ def api_server_main(argv: Sequence[str]) -> int:
     """Serve until a signal or the end of a rank. Returns the exit status; flag errors exit with 2."""
     args = parse_vllm_args(argv)
     logging.basicConfig(level="INFO", format="%(asctime)s vllm %(name)s %(levelname)s %(message)s")
-    for note in notes(args):
+    for note in effect_notes(args, "cuda"):
         logger.warning("%s", note)
     port = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT", str(SIDE_CHANNEL_PORT))
     if not port.isdigit():
@@ -90,17 +90,6 @@ def _reachable(host: str) -> str:
             return str(one.getsockname()[0])
         except OSError:
             return "127.0.0.1"
-
-
-def notes(args: VllmArgs) -> list[str]:
-    """What has to be said of the flags that were given."""
-    found = effect_notes(args, "cuda")
-    if args.pipeline_parallel_size > 1:
-        found.append(
-            f"--pipeline-parallel-size {args.pipeline_parallel_size}: served as --tensor-parallel-size {args.num_ranks} "
-            "(every rank computes a part of every layer; the answers are the same)"
-        )
-    return found
 
 
 def gather(args: VllmArgs, flags: Sequence[str]) -> list[str]:
