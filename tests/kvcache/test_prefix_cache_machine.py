@@ -58,7 +58,8 @@ class CacheMachine(RuleBasedStateMachine):
         if self.held:
             held = data.draw(st.sampled_from(self.held))
             computed = data.draw(st.integers(0, len(held.tokens)))
-            held.handle, held.pages = self.cache.commit(held.handle, held.tokens[:computed], held.pages)
+            held.handle, held.pages, duplicates = self.cache.commit(held.handle, held.tokens[:computed], held.pages)
+            self.cache.free(duplicates)
 
     @rule(data=st.data(), how=st.sampled_from(["finish", "drop"]))
     def leave(self, data: st.DataObject, how: str) -> None:

@@ -102,7 +102,7 @@ def test_a_prefix_saved_in_chunks_loses_its_end_first_too() -> None:
     assert held is not None
     world.step(held)
     for num_computed in (2, 4, 6, 8):
-        held.handle, held.pages = world.cache.commit(held.handle, A[:num_computed], held.pages)
+        held.handle, held.pages, _ = world.cache.commit(held.handle, A[:num_computed], held.pages)
         world.move()
     world.finish(held)
     world.serve(B)

@@ -101,7 +101,8 @@ class TieredCacheMachine(RuleBasedStateMachine):
         self.world.step(*self.admitted)
         for held in self.admitted:
             tokens = held.tokens[: max(held.num_cached, min(chunk, len(held.tokens)))]
-            held.handle, held.pages = self.cache.commit(held.handle, tokens, held.pages, save_from)
+            held.handle, held.pages, duplicates = self.cache.commit(held.handle, tokens, held.pages, save_from)
+            self.cache.free(duplicates)
         self.running += self.admitted
         self.admitted = []
         for held in self.running[:num_finished]:

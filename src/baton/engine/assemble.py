@@ -84,7 +84,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         tiers = LeadingTiers(own, group, wake)
     else:
         cache, tiers = open_cache(args, model, shape, host_pages, wake)
-    settings = scheduler_config(args, config, model.context_len, device)
+    settings = scheduler_config(args, config, model.context_len, device, runner.depth)
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
         "rank is ready model=%s dtype=%s device=%s ranks=%d stages=%d attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
@@ -124,7 +124,9 @@ def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> N
         )  # fmt: skip
 
 
-def scheduler_config(args: EngineArgs, config: ModelConfig, context_len: int, device: torch.device) -> SchedulerConfig:
+def scheduler_config(
+    args: EngineArgs, config: ModelConfig, context_len: int, device: torch.device, depth: int
+) -> SchedulerConfig:
     transfer_config = TransferConfig.from_env(os.environ)
     chunk = args.chunked_prefill_size or DEFAULT_CHUNK_TOKENS[device.type]
     is_pair = args.disaggregation_mode != "null"
@@ -146,6 +148,7 @@ def scheduler_config(args: EngineArgs, config: ModelConfig, context_len: int, de
         bootstrap_timeout_s=transfer_config.bootstrap_timeout_s,
         receive_timeout_s=transfer_config.waiting_timeout_s,
         default_bootstrap_port=args.disaggregation_bootstrap_port,
+        pipeline_depth=depth,
     )
 
 

@@ -1,7 +1,7 @@
 """The rank process: scheduler, model and transfer in one loop.
 
-The loop owns nothing but their order: messages in, transfer events in, one batch, outputs out, transfer actions out. With
-nothing to do it sleeps in one wait over its socket, the transfer's wake-up and the next deadline. Decisions are the
+The loop owns nothing but their order: messages in, transfer events in, steps begun until the runner has as many as it can,
+the oldest of them finished, outputs out, transfer actions out. With nothing to do it sleeps in one wait over its socket, the transfer's wake-up and the next deadline. Decisions are the
 scheduler's; `assemble` puts the parts together.
 """
 
@@ -17,7 +17,7 @@ import msgspec
 
 from baton.engine.args import EngineArgs, parse_engine_args
 from baton.engine.assemble import Engine, assemble
-from baton.engine.batch import ForwardBatch, ForwardOutput
+from baton.engine.batch import ForwardBatch
 from baton.engine.distributed.lead import lead_group
 from baton.engine.distributed.processes import die_with_parent
 from baton.engine.scheduler.pd import AbortTransfer, Action, Expect, Receive, SendPages
@@ -67,7 +67,7 @@ class RankLoop:
             timeout_s = 0.0 if self._step() else self._idle_timeout_s()
 
     def _step(self) -> bool:
-        """One pass; True if a batch ran, so that the next pass must not wait."""
+        """One pass; True if a step began or ended, so that the next pass must not wait."""
         if self._transfer is not None:
             for event in self._transfer.poll():
                 self._scheduler.on_transfer_event(event, time.monotonic())
@@ -75,20 +75,23 @@ class RankLoop:
             for store_event in self._tiers.poll():
                 self._scheduler.on_store_event(store_event, time.monotonic())
             self._answer_store_calls()
-        batch = self._scheduler.schedule(time.monotonic())
-        self._move_pages()
-        if batch is not None:
-            output = self._forward(batch)
-            if output is not None:
-                self._publish(self._scheduler.apply(output, time.monotonic()))
+        ran = False
+        while (batch := self._scheduler.schedule(time.monotonic())) is not None:
+            ran = True
+            self._move_pages()
+            if not self._begin(batch):
+                break
+        if self._scheduler.num_in_flight:
+            ran = True
+            self._end_oldest()
         self._publish(self._scheduler.drain_outputs(time.monotonic()))
         if self._publish_kv_events is not None:
             self._publish_kv_events()
         self._move_pages()
         for action in self._scheduler.drain_actions():
             self._perform(action)
-        self._was_busy |= batch is not None
-        return batch is not None
+        self._was_busy |= ran
+        return ran
 
     def _move_pages(self) -> None:
         """Between tiers: before a step, since it may write what is to be saved and read what is to be loaded; and after it,
@@ -96,16 +99,29 @@ class RankLoop:
         if self._tiers is not None:
             self._tiers.move(self._scheduler.drain_copies(), self._scheduler.drain_store_actions())
 
-    def _forward(self, batch: ForwardBatch) -> ForwardOutput | None:
-        """Run the model. A step that fails (say, the device is out of memory) ends its own requests, not the worker."""
+    def _begin(self, batch: ForwardBatch) -> bool:
+        """False if the step failed. It is the oldest then: where several are in flight, no failure is one step's alone."""
         try:
             self._runner.submit(batch)
-            return self._runner.collect()
         except (RuntimeError, MemoryError) as error:
-            logger.exception("a step failed; its requests end with an error sequences=%d", len(batch.query_lens))
-            info = ErrorInfo("InternalServerError", 500, f"the model step failed: {error}", retryable=True)
-            self._publish(self._scheduler.fail_step(info, time.monotonic()))
-            return None
+            self._fail_oldest(error)
+            return False
+        return True
+
+    def _end_oldest(self) -> None:
+        try:
+            output = self._runner.collect()
+        except (RuntimeError, MemoryError) as error:
+            self._fail_oldest(error)
+        else:
+            self._publish(self._scheduler.apply(output, time.monotonic()))
+
+    def _fail_oldest(self, error: Exception) -> None:
+        """A step that fails (say, the device is out of memory) ends its own requests, not the worker."""
+        info = ErrorInfo("InternalServerError", 500, f"the model step failed: {error}", retryable=True)
+        outputs = self._scheduler.fail_step(info, time.monotonic())
+        logger.error("a step failed; its requests end with an error requests=%d", len(outputs), exc_info=error)
+        self._publish(outputs)
 
     def _handle(self, message: ToRank) -> None:
         now = time.monotonic()
@@ -115,6 +131,8 @@ class RankLoop:
             case Abort(rid, reason, matched_stop):
                 self._scheduler.abort(rid, reason, now, matched_stop)
             case FlushCache(call_id):
+                while self._scheduler.num_in_flight:  # of requests that were aborted, perhaps
+                    self._end_oldest()
                 done = self._scheduler.flush_cache()
                 self._channel.send(Reply(call_id, done, "" if done else "requests are running or waiting"))
             case ClearStore(call_id):

@@ -6,7 +6,7 @@ hands between a request and the tree. Which request gets pages is the scheduler'
 the runner's.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from baton.kvcache.integrity import check_ownership
@@ -23,6 +23,13 @@ class PrefixMatch(NamedTuple):
     num_tokens: int
     num_loadable: int = 0
     """Pages behind these that the host tier has; kept there for `load` until that or `release`."""
+
+
+class Committed(NamedTuple):
+    handle: PrefixHandle
+    pages: list[int]
+    duplicates: list[int]
+    """Pages that the request has no more. The caller gives them to `free` when nothing reads or writes them."""
 
 
 class CachedTokens(NamedTuple):
@@ -134,26 +141,23 @@ class PrefixCache:
 
     # -- ownership moves ---------------------------------------------------------------------------------------------------
 
-    def commit(
-        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0
-    ) -> tuple[PrefixHandle, list[int]]:
+    def commit(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0) -> Committed:
         """Share what a request has computed so far; it goes on with the returned handle and page table.
 
         `token_ids` are the tokens whose KV is in `pages`. With `full` = whole pages of them, page indices are:
           [0, handle)         the tree's before and after
-          [handle, existing)  the request's, but the tree has these tokens already: freed, the tree's pages replace them
+          [handle, existing)  the request's, but the tree has these tokens already: duplicates, the tree's pages replace them
           [existing, full)    the request's -> the tree's
           [full, end)         the request's before and after (a partial page, or pages not yet written)
         The new handle locks [0, full). Pages before `save_from` are some other worker's to keep in lower tiers.
         """
         full = len(token_ids) // self.page_size
         if full <= handle.num_pages:
-            return handle, list(pages)
+            return Committed(handle, list(pages), [])
         node, shared, duplicates = self._share(handle, token_ids, pages[:full], save_from)
         new_handle = self._tree.lock(node, full, handle.extra_key)
         self._tree.unlock(handle)
-        self._pool.free(duplicates)
-        return new_handle, [*shared, *pages[full:]]
+        return Committed(new_handle, [*shared, *pages[full:]], duplicates)
 
     def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0) -> None:
         """A request ends: as `commit`, then the tree keeps [0, full) unlocked and [full, end) is freed."""
@@ -167,6 +171,10 @@ class PrefixCache:
         """A request gives up its pages unshared (retraction, error): [handle, end) is freed, [0, handle) unlocked."""
         self._pool.free(pages[handle.num_pages :])
         self._tree.unlock(handle)
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Duplicates of a `commit`."""
+        self._pool.free(pages)
 
     def _share(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int) -> Inserted:
         """The one way of pages into the tree. `pages` are more than the handle's."""
@@ -200,10 +208,8 @@ class UnsharedCache(PrefixCache):
     def match_prefix(self, token_ids: list[int], extra_key: str | None, max_tokens: int) -> PrefixMatch:
         return super().match_prefix([], extra_key, 0)
 
-    def commit(
-        self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0
-    ) -> tuple[PrefixHandle, list[int]]:
-        return handle, list(pages)
+    def commit(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0) -> Committed:
+        return Committed(handle, list(pages), [])
 
     def finish(self, handle: PrefixHandle, token_ids: list[int], pages: Sequence[int], save_from: int = 0) -> None:
         self.drop(handle, pages)

@@ -97,7 +97,7 @@ class Admission:
     def _continue(self, req: Request, budget: _Budget) -> Chunk | None:
         """The next chunk of a request that holds pages already. Takes what pages there are."""
         page = self._cache.page_size
-        start, total = req.num_computed, req.num_tokens
+        start, total = req.num_begun, req.num_tokens
         room = (len(req.pages) + self._cache.num_available) * page - start
         size = min(total - start, room, total if budget.chunk is None else budget.chunk)
         end = start + size
@@ -108,8 +108,7 @@ class Admission:
         fresh = self._cache.allocate(-(-end // page) - len(req.pages))
         assert fresh is not None, "room was computed from the pages available"
         req.pages += fresh
-        self._charge(req, start, end, budget)
-        return Chunk(req, start, end, end == total)
+        return self._chunk(req, start, end, budget)
 
     def _admit_waiting(self, chunks: list[Chunk], budget: _Budget, is_alone: bool, now: float) -> int:
         """Append what is admitted to `chunks`; returns how many did not fit."""
@@ -147,7 +146,7 @@ class Admission:
         end = total
         if budget.chunk is not None and end - start > budget.chunk:
             end = start + budget.chunk // page * page
-        future = self._future_tokens(req)
+        future = future_tokens(req)
         needed = (-(-(total + future) // page) - len(match.pages)) * page
         fits = is_alone or needed <= cache.num_available * page - budget.reserved
         # A prompt over the step's budget may still go alone: nothing smaller would ever come of waiting.
@@ -162,18 +161,20 @@ class Admission:
             req.num_cached = min(start, len(req.prompt_ids))
             req.cached_host, req.cached_store = cached.host, cached.store
         req.handle, req.pages, req.num_computed = match.handle, match.pages + fresh, start
-        self._charge(req, start, end, budget)
-        return Chunk(req, start, end, end == total)
+        return self._chunk(req, start, end, budget)
 
-    def _charge(self, req: Request, start: int, end: int, budget: _Budget) -> None:
+    def _chunk(self, req: Request, start: int, end: int, budget: _Budget) -> Chunk:
         budget.input -= end - start
         if budget.chunk is not None:
             budget.chunk = max(0, budget.chunk - (end - start)) // self._cache.page_size * self._cache.page_size
-        budget.reserved += req.num_tokens - end + self._future_tokens(req)
+        budget.reserved += req.num_tokens - end + future_tokens(req)
+        req.num_begun = end
+        return Chunk(req, start, end, end == req.num_tokens)
 
-    def _future_tokens(self, req: Request) -> int:
-        """KV of output tokens still to come. The last token drawn needs none."""
-        return min(max(0, req.num_output_left - 1), CLIP_MAX_NEW_TOKENS)
+
+def future_tokens(req: Request) -> int:
+    """KV of output tokens still to come. The last token drawn needs none."""
+    return min(max(0, req.num_output_left - 1), CLIP_MAX_NEW_TOKENS)
 
 
 def max_cached_tokens(req: Request) -> int:

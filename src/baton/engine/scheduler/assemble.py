@@ -1,15 +1,15 @@
 """From the requests of one step to the arrays of a `ForwardBatch`. Prefill chunks come first, then decode rows.
 
-Reads requests, changes none.
+Reads requests, changes none; the decode batch hears which of its rows are in a step now.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from baton.engine.batch import ForwardBatch, PromptLogprobsRow, SampleRow
 from baton.engine.scheduler.admission import Chunk
-from baton.engine.scheduler.decode_batch import DecodeBatch
+from baton.engine.scheduler.decode_batch import DecodeBatch, Rows
 from baton.engine.scheduler.request import Request
 
 
@@ -22,16 +22,21 @@ class StepPlan:
     chunk_draws: list[bool]
     """Aligned with chunks: whether it has a sample row. These rows come first."""
     decode: list[Request]
-    """Owners of the other sample rows, in the order of the decode batch."""
+    """Owners of the other sample rows."""
     logprob_owners: list[Request]
     """Owners of `batch.prompt_logprobs`."""
+    leftover_pages: list[int] = field(default_factory=list)
+    """Free once this step was applied: it, or a step before it, still uses them, and no request does."""
+
+    def __contains__(self, req: Request) -> bool:
+        return req in self.decode or any(chunk.req is req for chunk in self.chunks)
 
 
-def assemble(chunks: list[Chunk], decode: DecodeBatch | None) -> StepPlan:
-    """`decode`: rows that take one token each in this step, or None."""
+def assemble(chunks: list[Chunk], decode: DecodeBatch, decode_rows: Rows) -> StepPlan:
+    """`decode_rows`: of `decode`, those that take one token each in this step."""
+    rows = decode.begin_step(decode_rows)
     if not chunks:
-        assert decode is not None
-        return _decode_only(decode)
+        return _decode_only(decode, decode_rows, rows)
     samples: list[SampleRow] = []
     draws: list[bool] = []
     logprobs: list[PromptLogprobsRow] = []
@@ -52,7 +57,6 @@ def assemble(chunks: list[Chunk], decode: DecodeBatch | None) -> StepPlan:
     lens = ends - starts
     positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lens) - lens - starts, lens)
     token_ids = np.array(tokens, np.int64)
-    rows = list(decode.requests) if decode is not None else []
     samples += [_sample_row(len(chunks) + i, req) for i, req in enumerate(rows)]
     num_rows = len(chunks) + len(rows)
     columns = max(len(req.pages) for req in (*(chunk.req for chunk in chunks), *rows))
@@ -63,30 +67,29 @@ def assemble(chunks: list[Chunk], decode: DecodeBatch | None) -> StepPlan:
     query_lens[: len(chunks)] = lens
     context_lens = np.empty(num_rows, np.int32)
     context_lens[: len(chunks)] = ends
-    if decode is not None and rows:
-        count = len(rows)
-        computed = decode.computed[:count]
+    if rows:
+        computed = decode.computed[decode_rows]
         width = min(columns, decode.page_tables.shape[1])
-        tables[len(chunks) :, :width] = decode.page_tables[:count, :width]
+        tables[len(chunks) :, :width] = decode.page_tables[decode_rows, :width]
         context_lens[len(chunks) :] = computed + 1
-        token_ids = np.concatenate([token_ids, decode.token_ids[:count]])
+        token_ids = np.concatenate([token_ids, decode.token_ids[decode_rows]])
         positions = np.concatenate([positions, computed.astype(np.int64)])
     batch = ForwardBatch(token_ids, positions, query_lens, context_lens, tables, samples, logprobs)
     return StepPlan(batch, chunks, draws, rows, owners)
 
 
-def _decode_only(decode: DecodeBatch) -> StepPlan:
-    count = len(decode)
-    computed = decode.computed[:count]
+def _decode_only(decode: DecodeBatch, decode_rows: Rows, rows: list[Request]) -> StepPlan:
+    computed = decode.computed[decode_rows]
+    width = int(decode.num_pages[decode_rows].max())
     batch = ForwardBatch(
-        token_ids=decode.token_ids[:count].copy(),
+        token_ids=decode.token_ids[decode_rows],
         positions=computed.astype(np.int64),
-        query_lens=np.ones(count, np.int32),
+        query_lens=np.ones(len(rows), np.int32),
         context_lens=computed + 1,
-        page_tables=decode.page_tables[:count, : int(decode.num_pages[:count].max())].copy(),
-        samples=[_sample_row(i, req) for i, req in enumerate(decode.requests)],
+        page_tables=decode.page_tables[decode_rows, :width],
+        samples=[_sample_row(i, req) for i, req in enumerate(rows)],
     )
-    return StepPlan(batch, [], [], list(decode.requests), [])
+    return StepPlan(batch, [], [], rows, [])
 
 
 def _sample_row(idx: int, req: Request) -> SampleRow:

@@ -1,9 +1,6 @@
 """The scheduler's self-check: pages, handles and places of all requests agree. Reads, changes nothing."""
 
-from collections.abc import Collection, Iterable
-
-from baton.engine.scheduler.decode_batch import DecodeBatch
-from baton.engine.scheduler.pd import Rooms
+from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Request, Status
 from baton.kvcache.integrity import IntegrityError
 from baton.kvcache.prefix_cache import PrefixCache
@@ -21,27 +18,23 @@ PLACE_OF_STATUS: dict[Status, frozenset[str]] = {
 }
 
 
-def audit(
-    cache: PrefixCache,
-    live: Collection[Request],
-    places: Iterable[tuple[str, Request]],
-    rooms: Rooms,
-    decode: DecodeBatch,
-) -> None:
+def audit(cache: PrefixCache, at: Places) -> None:
     """Raises `IntegrityError` (pages, places) or AssertionError (decode rows)."""
+    live = at.life.live.values()
     found: dict[int, list[str]] = {}
-    holders: dict[int, Request] = {id(req): req for req in (*live, *rooms)}
-    for place, req in places:
+    holders: dict[int, Request] = {id(req): req for req in (*live, *at.rooms)}
+    for place, req in at:
         found.setdefault(id(req), []).append(place)
         holders[id(req)] = req
     is_live = {id(req) for req in live}
     for req in holders.values():
         _check_request(req, found.get(id(req), []), id(req) in is_live, cache.page_size)
-    decode.check()
+    at.decode.check()
     with_handle = [req for req in holders.values() if req.handle is not None]
     if len({id(req.handle) for req in with_handle}) != cache.num_handles:
         raise IntegrityError(f"{len(with_handle)} requests hold handles, the cache has {cache.num_handles} live ones")
-    cache.check_integrity({f"{req.rid} ({req.status.value})": req.private_pages for req in with_handle})
+    in_use = {f"{req.rid} ({req.status.value})": req.private_pages for req in with_handle}
+    cache.check_integrity({**in_use, "steps in flight": at.steps.leftover_pages})
 
 
 def _check_request(req: Request, places: list[str], is_live: bool, page_size: int) -> None:

@@ -42,6 +42,8 @@ class SchedulerConfig:
     receive_timeout_s: float = 300.0
     """Decode mode: how long the KV may take to come, from the request for it."""
     default_bootstrap_port: int = 8998
+    pipeline_depth: int = 1
+    """Steps that may be in flight: scheduled, and not applied yet."""
 
     def __post_init__(self) -> None:
         problems = [f"{name} {rule}" for name, good, rule in self._checks() if not good]
@@ -78,4 +80,5 @@ class SchedulerConfig:
             ),
             ("bootstrap_timeout_s", self.bootstrap_timeout_s > 0, f"must be positive, got {self.bootstrap_timeout_s}"),
             ("receive_timeout_s", self.receive_timeout_s > 0, f"must be positive, got {self.receive_timeout_s}"),
+            ("pipeline_depth", self.pipeline_depth >= 1, f"must be positive, got {self.pipeline_depth}"),
         ]

@@ -4,12 +4,17 @@ Owns row numbers and the array mirror of each running request's page table. The 
 `num_computed`); `check` compares the two. Deciding who runs is not here.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from baton.engine.scheduler.request import Request
 from baton.kvcache.prefix_cache import PrefixCache
 
+Rows = NDArray[np.intp]
+"""Row numbers, ascending."""
+NO_ROWS: Rows = np.zeros(0, np.intp)
 _INITIAL_ROWS = 32
 _INITIAL_COLUMNS = 64
 
@@ -32,6 +37,11 @@ class DecodeBatch:
         self.output_left: NDArray[np.int64] = np.zeros(_INITIAL_ROWS, np.int64)
         """[rows] output tokens until the limit."""
         self.page_tables: NDArray[np.int32] = np.zeros((_INITIAL_ROWS, _INITIAL_COLUMNS), np.int32)
+        self.in_step: NDArray[np.bool_] = np.zeros(_INITIAL_ROWS, np.bool_)
+        """[rows] a step in flight computes the row's token."""
+        self.last_step: NDArray[np.int64] = np.zeros(_INITIAL_ROWS, np.int64)
+        """[rows] the last step that did, or that had begun when the row was added."""
+        self._num_steps = 0
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -47,6 +57,8 @@ class DecodeBatch:
         self.output_left[row] = req.num_output_left
         self.page_tables[row, : len(req.pages)] = req.pages
         self.page_tables[row, len(req.pages) :] = 0
+        self.in_step[row] = False
+        self.last_step[row] = self._num_steps
 
     def remove(self, req: Request) -> None:
         row = req.row_idx
@@ -54,35 +66,62 @@ class DecodeBatch:
         last = self.requests.pop()
         if last is not req:
             end = len(self.requests)
-            for array in (self.token_ids, self.computed, self.num_pages, self.output_left, self.page_tables):
+            for array in self._arrays():
                 array[row] = array[end]
             self.requests[row] = last
             last.row_idx = row
         req.row_idx = None
 
-    def grow(self, cache: PrefixCache) -> bool:
-        """Give each row a page for its next token; False, and nothing changed, if there are too few."""
+    def all_rows(self) -> Rows:
+        return np.arange(len(self.requests))
+
+    def due(self, num_steps: int) -> Rows:
+        """Who goes into the next step, if `num_steps` at once share the rows: of those that are in none, the ones that
+        waited longest."""
+        if num_steps == 1:
+            return self.all_rows()
         count = len(self.requests)
-        full = np.flatnonzero(self.computed[:count] == self.num_pages[:count] * self.page_size)
+        idle = np.flatnonzero(~self.in_step[:count])
+        limit = -(-count // num_steps)
+        if len(idle) > limit:
+            idle = np.sort(idle[np.argsort(self.last_step[idle], kind="stable")[:limit]])
+        return idle
+
+    def begin_step(self, rows: Rows) -> list[Request]:
+        """`rows` are in a step from now on, until `advance` or `remove`. Returns their requests."""
+        self._num_steps += 1
+        self.in_step[rows] = True
+        self.last_step[rows] = self._num_steps
+        if len(rows) == len(self.requests):
+            return list(self.requests)
+        return [self.requests[row] for row in rows.tolist()]
+
+    def grow(self, cache: PrefixCache, rows: Rows) -> bool:
+        """Give each of `rows` a page for its next token; False, and nothing changed, if there are too few."""
+        full = rows[self.computed[rows] == self.num_pages[rows] * self.page_size]
         if not len(full):
             return True
         pages = cache.allocate(len(full))
         if pages is None:
             return False
         columns = self.num_pages[full]
-        self._make_room(count, int(columns.max()) + 1)
+        self._make_room(0, int(columns.max()) + 1)
         self.page_tables[full, columns] = pages
         self.num_pages[full] += 1
         for row, page in zip(full.tolist(), pages, strict=True):
             self.requests[row].pages.append(page)
         return True
 
-    def advance(self, token_ids: list[int]) -> None:
-        """After a step: every row has computed one token and got another. (The requests are advanced by the caller.)"""
-        count = len(self.requests)
-        self.token_ids[:count] = token_ids
-        self.computed[:count] += 1
-        self.output_left[:count] -= 1
+    def advance(self, requests: list[Request], token_ids: list[int]) -> None:
+        """After a step: the rows of `requests` have computed one token and got another. (The requests are advanced by the
+        caller.)"""
+        count = len(requests)
+        everyone = requests == self.requests
+        rows = slice(0, count) if everyone else np.array([req.row_idx for req in requests], np.intp)
+        self.token_ids[rows] = token_ids
+        self.computed[rows] += 1
+        self.output_left[rows] -= 1
+        self.in_step[rows] = False
 
     def reserve_tokens(self, clip: int) -> int:
         """Output tokens that the rows may still ask for, at most `clip` each."""
@@ -101,6 +140,11 @@ class DecodeBatch:
             theirs = (req.output_ids[-1], req.num_computed, req.num_output_left, req.pages)
             assert req.row_idx == row and mine == theirs, f"row {row} has {mine}, {req.rid} has {theirs}"
 
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return (
+            self.token_ids, self.computed, self.num_pages, self.output_left, self.page_tables, self.in_step, self.last_step,
+        )  # fmt: skip
+
     def _make_room(self, rows: int, columns: int) -> None:
         have_rows, have_columns = self.page_tables.shape
         if rows <= have_rows and columns <= have_columns:
@@ -118,3 +162,5 @@ class DecodeBatch:
         self.computed = np.pad(self.computed, (0, more))
         self.num_pages = np.pad(self.num_pages, (0, more))
         self.output_left = np.pad(self.output_left, (0, more))
+        self.in_step = np.pad(self.in_step, (0, more))
+        self.last_step = np.pad(self.last_step, (0, more))

@@ -10,7 +10,8 @@ from random import Random
 from baton.engine.scheduler import pd
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.counters import Counters
-from baton.engine.scheduler.decode_batch import DecodeBatch
+from baton.engine.scheduler.decode_batch import DecodeBatch, Rows
+from baton.engine.scheduler.inflight import StepsInFlight
 from baton.engine.scheduler.intake import STAGE_OF_MODE
 from baton.engine.scheduler.lifecycle import Lifecycle
 from baton.engine.scheduler.request import Request, Status
@@ -25,7 +26,8 @@ _IN_ROOM_ONLY = (Status.BOOTSTRAPPING, Status.RECEIVING, Status.SENDING, Status.
 
 class Places:
     """Invariant: every live request is in exactly one of: a room (BOOTSTRAPPING, RECEIVING, SENDING), the preallocation
-    queue, the ready queue, the waiting queue, `chunked`, the decode batch, or only in the step in flight (PREFILLING)."""
+    queue, the ready queue, the waiting queue, `chunked`, the decode batch, or only in a step in flight (PREFILLING: its last
+    chunk)."""
 
     def __init__(self, config: SchedulerConfig, cache: PrefixCache, rng: Random) -> None:
         self._config = config
@@ -38,19 +40,30 @@ class Places:
         self.ready: deque[Request] = deque()
         """Decode mode: received, waiting for a row in the decode batch."""
         self.chunked: Request | None = None
-        """The one request whose prompt is partly computed."""
+        """The one request whose prompt is in part neither computed nor in a step in flight."""
+        self.steps = StepsInFlight(config.pipeline_depth, cache)
         self.rooms = pd.Rooms()
         self.prealloc = pd.Preallocation(config, cache, self.rooms, self.counters)
 
     def __iter__(self) -> Iterator[tuple[str, Request]]:
-        """(place, request) of every place but the step in flight."""
         yield from (("waiting", req) for req in self.waiting)
         yield from (("prealloc", req) for req in self.prealloc.queue)
         yield from (("ready", req) for req in self.ready)
         yield from (("decode", req) for req in self.decode.requests)
         if self.chunked is not None:
             yield "chunked", self.chunked
+        yield from (("step", req) for req in self.last_chunks)
         yield from (("room", req) for req in self.rooms if req.status in _IN_ROOM_ONLY)
+
+    @property
+    def last_chunks(self) -> list[Request]:
+        """Requests whose last chunk is in a step in flight."""
+        return [req for req in self.steps.prefilling if req is not self.chunked]
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages to compute with."""
+        return len(self.decode) + len(self.ready) + (self.chunked is not None) + len(self.last_chunks)
 
     @property
     def num_queued(self) -> int:
@@ -67,8 +80,11 @@ class Places:
         self.decode.add(req)
 
     def end(self, req: Request, finish: Finish) -> None:
-        """The client's end, wherever the request is. Its pages go back now, or, when a transfer may touch them, at the
-        end event of the room."""
+        """The client's end, wherever the request is, once no step in flight has it. Its pages go back then, or, when a transfer
+        may touch them, at the end event of the room."""
+        if req in self.steps:
+            self.steps.put_off(req, finish)
+            return
         self._leave(req)
         self.life.emit(req, finish=finish)
         if self.rooms.is_open(req):
@@ -79,22 +95,30 @@ class Places:
         else:
             self.life.finish_pages(req)
 
-    def make_room(self) -> bool:
-        """Give every decode row a page for its next token, sending requests back to the queue until that works. A
-        request that the whole pool cannot hold ends with an error: nothing else could ever come of it. Returns whether
-        anyone had to leave."""
+    def make_room(self) -> tuple[Rows, bool]:
+        """The decode rows of the next step, each with a page for its next token; and whether pages were short.
+
+        If they are, requests are sent back to the queue until there are enough. A request that the whole pool cannot
+        hold ends with an error: nothing else could ever come of it. Who leaves is chosen from all that run, so while
+        steps are in flight nobody does, and there are no rows: those steps may free what is missing.
+        """
+        depth = self.steps.depth
+        if self.steps:
+            rows = self.decode.due(depth)
+            has_room = self.decode.grow(self._cache, rows)
+            return (rows if has_room else rows[:0]), not has_room
         needs_headroom = False
         while self.decode:
             if needs_headroom and len(self.decode) > 1 and not self._has_headroom():
                 self._retract_one()
-            elif self.decode.grow(self._cache):
+            elif self.decode.grow(self._cache, self.decode.all_rows()):
                 break
             else:
                 needs_headroom = True
                 self._retract_one()
         if needs_headroom and self.decode:
             self.ratio.on_retraction(self.decode.requests)
-        return needs_headroom
+        return self.decode.due(depth), needs_headroom
 
     def _has_headroom(self) -> bool:
         tokens = sum(min(HEADROOM_STEPS, req.num_output_left) for req in self.decode.requests)

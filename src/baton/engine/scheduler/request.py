@@ -23,7 +23,7 @@ class Status(enum.Enum):
     WAITING = "waiting"
     """For prefill. Holds no pages."""
     PREFILLING = "prefilling"
-    """Some of its prompt is computed (or is in the step that runs now)."""
+    """Some of its prompt is computed (or is in a step in flight)."""
     RUNNING = "running"
     """In the decode batch."""
     SENDING = "sending"
@@ -52,7 +52,7 @@ LEGAL_TRANSITIONS: dict[Status, frozenset[Status]] = {
 class Request:
     """Invariants: num_computed <= num_tokens; num_computed <= len(pages) * page_size; pages[: handle.num_pages] are the
     prefix tree's, the rest are this request's alone; without a handle there are no pages. RUNNING: num_computed ==
-    num_tokens - 1 between steps (the KV of the last token is computed by the step that reads it).
+    num_tokens - 1 (the KV of the last token is computed by the step that reads it).
     """
 
     rid: str
@@ -85,6 +85,8 @@ class Request:
     """Page table: page i holds the KV of positions i * page_size ...."""
     handle: PrefixHandle | None = None
     num_computed: int = 0
+    num_begun: int = 0
+    """While PREFILLING: `num_computed`, and the tokens behind it that steps in flight compute."""
     num_cached: int | None = None
     """Prompt tokens that the first admission found in the cache; None before it."""
     cached_host: int = 0

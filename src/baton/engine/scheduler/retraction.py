@@ -25,8 +25,9 @@ class NewTokenRatio:
         self._decay = (self._initial - self._least) / DECAY_STEPS
         self.value = self._initial
 
-    def on_decode_step(self) -> None:
-        self.value = max(self.value - self._decay, self._least)
+    def on_decode_step(self, share: float = 1.0) -> None:
+        """`share` of the running requests got a token."""
+        self.value = max(self.value - self._decay * share, self._least)
 
     def on_retraction(self, running: Iterable[Request]) -> None:
         decoded = limits = count = 0

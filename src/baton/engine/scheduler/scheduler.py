@@ -5,22 +5,22 @@ nothing and waits for nothing: the rank's loop runs the batch, carries out the a
 (seconds, any origin, never backwards). Places and ends of requests are in `places` and `lifecycle`, the budget of a
 prefill step in `admission`, the KV hand-over in `pd`.
 
-Between `schedule` and `apply` a step is in flight and its pages are being written; whatever would end a request then is
-put off until `apply`.
+Between `schedule` and `apply` a step is in flight and its pages are being written; there may be several, and `inflight` says
+what waits for them.
 """
 
 from collections.abc import Callable
-from functools import partial
 from random import Random
 
 import msgspec
 
 from baton.engine.batch import ForwardBatch, ForwardOutput
 from baton.engine.scheduler import pd
-from baton.engine.scheduler.admission import Admission, Chunk, max_cached_tokens
+from baton.engine.scheduler.admission import Admission, Chunk, future_tokens, max_cached_tokens
 from baton.engine.scheduler.assemble import StepPlan, assemble
 from baton.engine.scheduler.audit import audit
 from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
+from baton.engine.scheduler.decode_batch import NO_ROWS
 from baton.engine.scheduler.intake import STAGE_OF_MODE, build_request, finish_of, refusal, stage_of, with_request_id
 from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Request, Status
@@ -41,8 +41,7 @@ class Scheduler:
         self._at = Places(config, cache, rng)
         self._life = self._at.life
         self._admission = Admission(config, cache, self._at.waiting, self._at.ratio)
-        self._inflight: StepPlan | None = None
-        self._deferred: list[Callable[[], None]] = []
+        self._steps = self._at.steps
         self._num_arrived = 0
 
     # -- requests in ---------------------------------------------------------------------------------------------------
@@ -77,10 +76,7 @@ class Scheduler:
         return []
 
     def abort(self, rid: str, reason: str, now: float, matched_stop: str | None = None) -> None:
-        """End a request now; with `matched_stop` as finished by that stop string. Unknown rids are ignored."""
-        if self._inflight is not None:
-            self._deferred.append(partial(self.abort, rid, reason, now, matched_stop))
-            return
+        """End a request; with `matched_stop` as finished by that stop string. Unknown rids are ignored."""
         req = self._life.live.get(rid)
         if req is None:
             return
@@ -91,9 +87,6 @@ class Scheduler:
 
     def on_transfer_event(self, event: Event, now: float) -> None:
         """What a transfer's `poll` returned. Events of rooms that are not open are ignored."""
-        if self._inflight is not None:
-            self._deferred.append(partial(self.on_transfer_event, event, now))
-            return
         match event:
             case Bootstrapped(room, first_page_idx):
                 req = self._at.rooms.get(room)
@@ -109,41 +102,40 @@ class Scheduler:
         self._admission.wake()
 
     def on_store_event(self, event: StoreEvent, now: float) -> None:
-        """What the store worker's `poll` returned. Not while a step is in flight."""
-        assert self._inflight is None, "apply the step first"
+        """What the store worker's `poll` returned."""
         self.cache.on_store_event(event, now)
         self._admission.wake()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> ForwardBatch | None:
-        """The next step, or None when nothing can run now. The step is in flight until `apply` or `fail_step`."""
-        assert self._inflight is None, "apply the last step first"
+        """The next step, or None when nothing can run now, or `pipeline_depth` steps are in flight. A step is in flight until
+        `apply` or `fail_step`."""
+        if self.num_in_flight == self.config.pipeline_depth:
+            return None
         self._expire(now)
         self._admit_received(now)
         decode = self._at.decode
-        if self.config.enable_mixed_chunk and decode:
-            retracted = self._at.make_room()
+        is_mixed = self.config.enable_mixed_chunk and bool(decode)
+        chunks = [] if is_mixed else self._plan_chunks(0, now)
+        rows = NO_ROWS
+        if not chunks:
+            rows, is_short = self._at.make_room()
             # What was just sent back to make room must not take the room again in the same step.
-            chunks = [] if retracted and decode else self._plan_chunks(len(decode), now)
-        else:
-            chunks = self._plan_chunks(0, now)
-            if not chunks and self._at.make_room() and not decode:
-                chunks = self._plan_chunks(0, now)
-        if not chunks and not decode:
-            if not self._at.waiting and self._at.chunked is None:
+            if not decode if is_short else is_mixed:
+                chunks = self._plan_chunks(len(rows), now)
+        if not chunks and not len(rows):
+            if not decode and not self._at.waiting and self._at.chunked is None and not self._steps:
                 self._at.ratio.on_idle()
                 self._at.counters.on_idle()
             return None
-        joins = bool(decode) and (self.config.enable_mixed_chunk or not chunks)
-        self._inflight = assemble(chunks, decode if joins else None)
-        return self._inflight.batch
+        plan = assemble(chunks, decode, rows)
+        self._steps.begin(plan)
+        return plan.batch
 
     def apply(self, output: ForwardOutput, now: float) -> list[RequestOutput]:
-        """Write a step's tokens into its requests. Returns all outputs that are due, this step's last."""
-        plan = self._inflight
-        assert plan is not None, "no step is in flight"
-        self._inflight = None
+        """Write the tokens of the oldest step in flight into its requests. Returns all outputs that are due, this step's last."""
+        plan = self._steps.take_oldest()
         for req, rows in zip(plan.logprob_owners, output.prompt_logprobs, strict=True):
             req.input_logprobs.extend(rows)
         # Decode rows first: a chunk that ends its prompt adds a row.
@@ -153,25 +145,22 @@ class Scheduler:
         for chunk, draws in zip(plan.chunks, plan.chunk_draws, strict=True):
             self._apply_chunk(chunk, next(drawn) if draws else None)
         self._at.counters.on_tokens(len(output.next_token_ids), now)
-        self._run_deferred()
+        self._end_put_off()
         return self._life.take_outputs()
 
     def fail_step(self, error: ErrorInfo, now: float) -> list[RequestOutput]:
-        """The step in flight could not be computed: its requests end with `error`, all others go on."""
-        plan = self._inflight
-        assert plan is not None, "no step is in flight"
-        self._inflight = None
+        """The oldest step in flight could not be computed: its requests end with `error`, all others go on."""
+        plan = self._steps.take_oldest()
         for req in (*(chunk.req for chunk in plan.chunks), *plan.decode):
             self._end_with(req, error)
-        self._run_deferred()
+        self._end_put_off()
         return self._life.take_outputs()
 
     # -- what comes out beside steps -----------------------------------------------------------------------------------
 
     def drain_outputs(self, now: float) -> list[RequestOutput]:
         """Outputs that no step brought: time-outs (checked here), aborts, transfer ends."""
-        if self._inflight is None:
-            self._expire(now)
+        self._expire(now)
         return self._life.take_outputs()
 
     def drain_actions(self) -> list[pd.Action]:
@@ -192,9 +181,14 @@ class Scheduler:
         return min((one for one in deadlines if one is not None), default=None)
 
     @property
+    def num_in_flight(self) -> int:
+        """Steps to `apply` or `fail_step`."""
+        return len(self._steps)
+
+    @property
     def is_idle(self) -> bool:
         """No request and no transfer holds anything."""
-        return not self._life.live and not self._at.rooms and self._inflight is None
+        return not self._life.live and not self._at.rooms and not self._steps
 
     def flush_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing done, unless idle."""
@@ -205,10 +199,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Every page has one owner, every live request one place. Raises AssertionError that names what is wrong."""
-        places = list(self._at)
-        if self._inflight is not None:
-            places += [("step", chunk.req) for chunk in self._inflight.chunks if chunk.req is not self._at.chunked]
-        audit(self.cache, self._life.live.values(), places, self._at.rooms, self._at.decode)
+        audit(self.cache, self._at)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -232,17 +223,19 @@ class Scheduler:
         self._at.end(req, Finish("abort", error=with_request_id(error, req.rid)))
         self._admission.wake()
 
+    def _end_put_off(self) -> None:
+        """After a step: the ends that waited for it."""
+        for req, finish in self._steps.take_ends():
+            if self._life.live.get(req.rid) is req:
+                self._at.end(req, finish)
+                self._admission.wake()
+
     def _expire(self, now: float) -> None:
         for req in self._life.take_expired(now):
             assert req.deadline_s is not None
             limit_s = req.deadline_s - req.arrival_s
             message = f"The request did not finish within its {limit_s:g} s; it was {req.status.value}."
             self._end_with(req, ErrorInfo("TimeoutError", 504, message, stage_of(req, self.config.mode), req.rid))
-
-    def _run_deferred(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for call in deferred:
-            call()
 
     def _admit_received(self, now: float) -> None:
         """Decode mode: the received join the decode batch, and others are let in to receive. While a retracted request
@@ -254,7 +247,7 @@ class Scheduler:
         if not at.prealloc.queue or at.waiting or at.chunked is not None:
             return
         receiving = [req for req in at.rooms if req.status is Status.RECEIVING]
-        in_memory = [*at.decode.requests, *at.ready, *receiving]
+        in_memory = [*at.decode.requests, *at.ready, *at.last_chunks, *receiving]
         # Twice as many as may run: receiving takes time, and the next ones should be there when a row gets free.
         at.prealloc.run(in_memory, 2 * self.config.max_running_requests - len(in_memory), now)
 
@@ -262,9 +255,11 @@ class Scheduler:
         at = self._at
         if at.chunked is None and not at.waiting:
             return []
-        running = len(at.decode) + len(at.ready) + (at.chunked is not None)
-        held = int(sum(min(req.num_output_left, CLIP_MAX_NEW_TOKENS) for req in at.ready) * at.ratio.value)
-        slots = self.config.max_running_requests - running
+        if at.chunked is not None and self._steps.is_ending(at.chunked):
+            return []  # it leaves when its last step was applied, and another one can be partly computed then
+        expected = sum(min(req.num_output_left, CLIP_MAX_NEW_TOKENS) for req in at.ready)
+        held = int((expected + sum(map(future_tokens, at.last_chunks))) * at.ratio.value)
+        slots = self.config.max_running_requests - at.num_running
         chunks = self._admission.plan(at.chunked, at.decode, slots, num_mixed, held, now)
         if chunks:
             at.chunked = None if chunks[-1].is_last else chunks[-1].req
@@ -300,8 +295,8 @@ class Scheduler:
                 emit_token(req, token_id, logprobs, finish)
             else:
                 emit_token(req, token_id, logprobs, None)
-        self._at.decode.advance(token_ids)
-        self._at.ratio.on_decode_step()
+        self._at.ratio.on_decode_step(len(plan.decode) / len(self._at.decode))
+        self._at.decode.advance(plan.decode, token_ids)
         for req, _ in ended:
             self._at.decode.remove(req)
             self._life.finish_pages(req)
@@ -311,10 +306,13 @@ class Scheduler:
     def _apply_chunk(self, chunk: Chunk, drawn: tuple[int, TokenLogprobs | None] | None) -> None:
         """`drawn`: the next token, where one was sampled."""
         req = chunk.req
+        if self._steps.is_ending(req):
+            return  # perhaps since the chunk before it failed
         assert req.handle is not None
         req.num_computed = chunk.end
         tokens = req.token_slice(0, chunk.end)
-        req.handle, req.pages = self.cache.commit(req.handle, tokens, req.pages, req.save_from)
+        req.handle, req.pages, duplicates = self.cache.commit(req.handle, tokens, req.pages, req.save_from)
+        self._steps.free(duplicates)  # the request's next chunk may be in flight with these in its page table
         to_peer = self._at.rooms.is_open(req)
         if not chunk.is_last:
             if to_peer:

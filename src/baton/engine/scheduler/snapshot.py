@@ -10,11 +10,11 @@ from baton.protocol.rank import SchedulerState
 
 
 def snapshot(cache: PrefixCache, at: Places) -> SchedulerState:
-    """`num_running` counts every request that holds pages to compute with; those in transfer have their own fields."""
+    """Requests in transfer are not among `num_running`; they have their own fields."""
     counters = at.counters
     in_rooms = [req.status for req in at.rooms]
     return SchedulerState(
-        num_running=len(at.decode) + len(at.ready) + (at.chunked is not None),
+        num_running=at.num_running,
         num_waiting=len(at.waiting),
         num_used_tokens=(cache.num_pages - cache.num_available) * cache.page_size,
         max_total_num_tokens=cache.num_pages * cache.page_size,
