@@ -218,6 +218,7 @@ def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) 
         group = lead_group(args, flags, address)
         engine = assemble(args, channel.wake, group)
         channel.send(engine.ready)
+        channel.start_beats()
         RankLoop(engine, channel).run()
     except (BatonError, OSError, MemoryError) as error:
         reason = f"rank 0 failed: {error}"

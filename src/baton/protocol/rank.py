@@ -188,4 +188,10 @@ class Fatal(msgspec.Struct, tag="fatal", frozen=True):
     message: str
 
 
-FromRank = StepOutput | SchedulerState | Reply | Ready | Fatal
+class Beat(msgspec.Struct, tag="beat", frozen=True):
+    """The rank's process runs, however long its step takes: said every second, by a thread of its own."""
+
+    pid: int
+
+
+FromRank = StepOutput | SchedulerState | Reply | Ready | Fatal | Beat

@@ -3,8 +3,10 @@
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tests.fakes.batches import PagedSequences, Query
 from baton.engine.args import engine_args, split_address
 from baton.engine.assemble import need_one_pool
 from baton.engine.batch import PromptLogprobsRow, SampleRow
+from baton.engine.distributed import heartbeat
 from baton.engine.distributed.control import FRAME_HEADER, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
 from baton.engine.distributed.messages import Hello, Welcome, decode_step, encode_step
@@ -137,6 +140,20 @@ def test_a_rank_that_stands_still_is_lost() -> None:
     with theirs:
         assert lost.wait(WAIT_S)
         assert reasons == ["rank 1 (node 1) has not been heard of for 0.2 s"]
+    beat.close()
+
+
+def test_a_time_in_which_all_stood_still_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    jump_s = 0.0
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + jump_s))
+    beat, theirs, reasons, lost = pair()
+    with theirs:
+        assert theirs.recv(1) == b"."
+        jump_s = 1000.0
+        assert [theirs.recv(1) for _ in range(3)] == [b"."] * 3
+        theirs.sendall(b"rank 1 (node 1) was told to stop")
+        assert lost.wait(WAIT_S)
+        assert reasons == ["rank 1 (node 1) was told to stop"]
     beat.close()
 
 

@@ -50,6 +50,7 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
                     attention_backend=model.runner.attention_backend,
                 )
             )  # fmt: skip
+            channel.start_beats()
         tiers = follow_tiers(args, model, group)
         part = stage_part(model)
         while True:

@@ -1,7 +1,8 @@
 """Who of the group is still there: a thread in each rank that hears and is heard over a connection of its own.
 
 A rank that ends is noticed when its connection closes; one that stands still, or whose host is gone, when it has not been heard
-of for LIMIT_S. Collectives have no way out of their own, so whoever notices ends the whole process (`on_lost`).
+of for LIMIT_S. That is counted in own beats: after a time in which the whole machine stood still nobody is late. Collectives have no
+way out of their own, so whoever notices ends the whole process (`on_lost`).
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Heartbeat:
 
     def _watch(self) -> str | None:
         """Why the group is broken; None when `close` was called."""
-        heard = dict.fromkeys(self._peers, time.monotonic())
+        beats_unheard = dict.fromkeys(self._peers, 0)
         next_beat = 0.0
         with selectors.DefaultSelector() as selector:
             selector.register(self._stop_read, selectors.EVENT_READ, None)
@@ -75,7 +76,10 @@ class Heartbeat:
                 now = time.monotonic()
                 if now >= next_beat:
                     next_beat = now + self._interval_s
-                    for peer in self._peers.values():
+                    for name, peer in self._peers.items():
+                        if beats_unheard[name] * self._interval_s > self._limit_s:
+                            return f"{name} has not been heard of for {self._limit_s:g} s"
+                        beats_unheard[name] += 1
                         with contextlib.suppress(OSError):  # reading tells why
                             peer.send(BEAT, socket.MSG_DONTWAIT)
                 for key, _ in selector.select(max(0.0, next_beat - time.monotonic())):
@@ -84,10 +88,7 @@ class Heartbeat:
                     reason = self._hear(key.data)
                     if reason is not None:
                         return reason
-                    heard[key.data] = time.monotonic()
-                for name, last in heard.items():
-                    if time.monotonic() - last > self._limit_s:
-                        return f"{name} has not been heard of for {self._limit_s:g} s"
+                    beats_unheard[key.data] = 0
 
     def _hear(self, name: str) -> str | None:
         """What `name` said that ends the group."""

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton.engine.args import EngineArgs
-from baton.engine.server.channel import ChannelAddress, ServerChannel
+from baton.engine.server.channel import FROZEN_S, ChannelAddress, ServerChannel
 from baton.engine.server.main import bind, http_server
 from baton.engine.weights.resolve import resolve_model
 from baton.protocol.rank import Fatal, FromRank, Ready
@@ -65,6 +65,7 @@ class _Node:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         self._channel.start(self._on_message)
+        beats = asyncio.create_task(self._watch_beats(), name="beats")
         try:
             with self._watched_rank():
                 if self._health_socket is None:
@@ -72,6 +73,7 @@ class _Node:
                 else:
                     await self._serve_health(self._health_socket)
         finally:
+            beats.cancel()
             self._channel.close()
         return self._status
 
@@ -85,6 +87,11 @@ class _Node:
 
     async def _health(self, request: Request) -> Response:
         return Response(status_code=200 if self._is_ready else 503)
+
+    async def _watch_beats(self) -> None:
+        await self._channel.until_silent()
+        logger.error("the node's rank has stood still for %g s: it is stopped or hung", FROZEN_S)
+        self._ended.set()
 
     def _stop(self) -> None:
         self._status = 0

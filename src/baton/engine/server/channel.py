@@ -12,17 +12,22 @@ import os
 import selectors
 import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from baton.protocol.rank import FromRank, ToRank
+from baton.protocol.rank import Beat, FromRank, ToRank
 
 MAX_SOCKET_PATH_BYTES = 100
 """Linux allows 107 for a unix socket path; libzmq and our file names need a little of it."""
+BEAT_S = 1.0
+"""Between two beats of a rank."""
+FROZEN_S = 10.0
+"""A process that has not even beaten for so long is stopped or hung."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,8 @@ class ServerChannel:
         self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_message: Callable[[FromRank], None] | None = None
+        self._rank_pid: int | None = None
+        self._silent_s = 0.0
 
     def start(self, on_message: Callable[[FromRank], None]) -> None:
         """Read messages from now on, in the running loop."""
@@ -110,6 +117,20 @@ class ServerChannel:
     def send(self, message: ToRank) -> None:
         """Queue a message; never blocks."""
         self._writer.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def until_silent(
+        self, limit_s: float = FROZEN_S, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        """Return when the rank's process has said nothing, not even a beat, for `limit_s`; not before its first beat.
+
+        A process that a debugger holds may be silent. Ticks are counted and no clock is read: when both processes stood still
+        (a suspended machine, a stopped process group), none is late.
+        """
+        tick_s = min(BEAT_S, limit_s / 10)
+        while self._silent_s <= limit_s:
+            await sleep(tick_s)
+            if self._rank_pid is not None and not _is_traced(self._rank_pid):
+                self._silent_s += tick_s
 
     def close(self) -> None:
         if self._writer.closed:
@@ -124,13 +145,27 @@ class ServerChannel:
         if self._reader.closed or self._on_message is None:
             return
         for frame in _drain(self._reader):
-            self._on_message(self._decoder.decode(frame))
+            self._silent_s = 0.0
+            message = self._decoder.decode(frame)
+            if isinstance(message, Beat):
+                self._rank_pid = message.pid
+            else:
+                self._on_message(message)
+
+
+def _is_traced(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return "TracerPid:\t0\n" not in status
 
 
 class RankChannel:
     """The rank's end, for a plain blocking loop. `wake` may be called from any thread; the rest from one thread only."""
 
     def __init__(self, address: ChannelAddress) -> None:
+        self._address = address
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._reader = _reader(self._context, address.to_rank)
         self._writer = _writer(self._context, address.from_rank)
@@ -140,6 +175,21 @@ class RankChannel:
         self._selector = selectors.DefaultSelector()
         self._selector.register(_descriptor(self._reader), selectors.EVENT_READ)
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
+        self._ends = threading.Event()
+        self._beats: threading.Thread | None = None
+
+    def start_beats(self, interval_s: float = BEAT_S) -> None:
+        """Let the other side know from now on that this process runs, until `close`."""
+        self._beats = threading.Thread(target=self._beat, args=(interval_s,), name="beats", daemon=True)
+        self._beats.start()
+
+    def _beat(self, interval_s: float) -> None:
+        beat = msgspec.msgpack.encode(Beat(os.getpid()))
+        with _writer(self._context, self._address.from_rank) as writer:
+            while True:
+                writer.send(beat)
+                if self._ends.wait(interval_s):
+                    return
 
     def receive(self, timeout_s: float | None = 0.0) -> list[ToRank]:
         """Messages that are there, oldest first. With none, wait up to `timeout_s` (None: without end) for a message or a
@@ -170,6 +220,9 @@ class RankChannel:
     def close(self) -> None:
         if self._writer.closed:
             return
+        self._ends.set()
+        if self._beats is not None:
+            self._beats.join()
         self._selector.close()
         self._reader.close()
         self._writer.close()

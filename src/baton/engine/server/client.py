@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from baton.engine.detokenizer import Vocabulary
-from baton.engine.server.channel import ServerChannel
+from baton.engine.server.channel import FROZEN_S, ServerChannel
 from baton.engine.server.generation import Generation, Job
 from baton.engine.server.metrics import RequestObserver
 from baton.protocol.errors import ABORTED_CODE, WORKER_LOST, BatonError, ErrorInfo, RequestError, Stage, bad_request
@@ -212,6 +212,11 @@ class EngineClient:
             elif not self._calls:
                 # Sequences may wait long for good reasons; a rank that is alive still answers this.
                 self._ask(GetState)
+
+    async def watch_beats(self, limit_s: float = FROZEN_S) -> None:
+        """Call `fail` when the rank's process has stood still for `limit_s`."""
+        await self._channel.until_silent(limit_s)
+        self.fail(f"its process has stood still for {limit_s:g} s: it is stopped or hung")
 
     def _ask(self, message_type: CallType) -> "asyncio.Future[Reply | SchedulerState]":
         if self.lost_reason is not None:

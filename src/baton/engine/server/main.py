@@ -231,10 +231,12 @@ class Worker:
             raise RankLostError(ctx.client.lost_reason)
         async with asyncio.TaskGroup() as group:
             watchdog = group.create_task(ctx.client.watch(self._args.watchdog_timeout), name="watchdog")
+            beats = group.create_task(ctx.client.watch_beats(), name="beats")
             warm_up = group.create_task(self._warm_up(ctx, server), name="warm-up")
             await server.serve([self._http_socket])
             await self._drain_store(ctx)
             watchdog.cancel()
+            beats.cancel()
             warm_up.cancel()
         return 1 if ctx.client.lost_reason is not None else 0
 
