@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
-# Unit tests share both cores; end-to-end tests start whole services and run one after the other.
-UNIT = $(BIN)/pytest -m "not e2e and not slow and not gpu" -n 2 --dist worksteal
+# Tests start hundreds of Python processes: without bytecode each of them compiles what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 # $(call system_package,NAME,COMMAND THAT SUCCEEDS WHEN IT IS THERE,WHAT IS MISSING WITHOUT IT)
@@ -39,11 +39,15 @@ lint:
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: setup lint ## lint, types, unit tests (under a minute)
-	$(UNIT)
+unit:
+	$(BIN)/pytest -m "not e2e and not slow and not gpu" --ignore tests/e2e -n 3 --dist worksteal
 
-test: setup lint ## everything that CI runs: check + end-to-end
-	$(UNIT)
+# Unit tests wait a good part of their time: a third process and lint use it. End-to-end tests start whole services
+# and run one after the other.
+check: setup ## lint, types, unit tests (under a minute)
+	@$(MAKE) --no-print-directory -j2 lint unit
+
+test: check ## everything that CI runs: check + end-to-end
 	$(BIN)/pytest -m "e2e and not slow and not gpu" --durations=12
 
 test-slow: setup ## long tests (minutes each, no special hardware)
@@ -55,4 +59,4 @@ test-gpu: setup ## needs a CUDA device
 bench-gpu: setup ## engine on one CUDA device: text beside transformers, then speed (needs a GPU)
 	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
-.PHONY: help setup up down lint check test test-slow test-gpu bench-gpu
+.PHONY: help setup up down lint unit check test test-slow test-gpu bench-gpu
