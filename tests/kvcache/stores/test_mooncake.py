@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.fakes.mooncake_service import MooncakeService, needs_mooncake
+from tests.fakes.mooncake_service import MooncakeService, needs_mooncake, until
 from tests.fakes.store_conformance import CHECKS, OBJECT_BYTES, MakeStore
 
 from baton.kvcache.stores.base import StoreConfig, StoreError
@@ -111,7 +111,7 @@ def test_a_store_whose_master_comes_later_is_used_then(tmp_path: Path) -> None:
         assert store.stats()["connected"] == 0
         service.start_master()
         service.start_store()
-        assert store.batch_put(["a"], [memory[0]]) == [True]
+        until(lambda: store.batch_put(["a"], [memory[0]]) == [True], "a service that has just started takes an object")
         assert store.stats()["connected"] == 1
     finally:
         store.close()
