@@ -8,6 +8,7 @@ from tests.fakes.transfer_pair import bootstrap_server
 
 from baton.transfer.bootstrap import Registration, look_up, register
 from baton.transfer.errors import TransferError
+from baton.transfer.slices import Slice
 
 ENTRY = {
     "role": "Prefill", "attn_tp_size": 1, "attn_tp_rank": 0, "attn_dp_size": 1, "attn_dp_rank": 0, "pp_size": 1,
@@ -88,13 +89,23 @@ def test_bad_requests(method: str, target: str, body: bytes | None, status: int,
 async def test_look_up_explains_what_is_wrong() -> None:
     with bootstrap_server() as port:
         with pytest.raises(TransferError, match="no prefill rank has registered yet"):
-            await look_up("127.0.0.1", port, 0, 1)
+            await look_up("127.0.0.1", port)
         await register("127.0.0.1", port, Registration(**ENTRY))  # type: ignore[arg-type]
-        assert (await look_up("127.0.0.1", port, 0, 1)).rank_port == 4711
-        with pytest.raises(TransferError, match="decode_tp=2, prefill_tp=1"):
-            await look_up("127.0.0.1", port, 0, 2)
-        await register("127.0.0.1", port, Registration(**ENTRY | {"pp_size": 2}))  # type: ignore[arg-type]
-        with pytest.raises(TransferError, match="pp_size=2"):
-            await look_up("127.0.0.1", port, 0, 1)
+        (alone,) = await look_up("127.0.0.1", port)
+        assert (alone.rank_port, alone.slice) == (4711, None)
+        for pp_rank in (1, 0):
+            entry = ENTRY | {"attn_tp_size": 2, "attn_tp_rank": 1, "pp_size": 2, "pp_rank": pp_rank, "rank_port": pp_rank}
+            await register("127.0.0.1", port, Registration(**entry, slice=Slice((0, 1), (1, 2))))  # type: ignore[arg-type]
+        with pytest.raises(TransferError, match="only 2 of 4 prefill ranks have registered yet"):
+            await look_up("127.0.0.1", port)
+        for pp_rank in (0, 1):
+            entry = ENTRY | {"attn_tp_size": 2, "pp_size": 2, "pp_rank": pp_rank, "rank_port": 2 + pp_rank}
+            await register("127.0.0.1", port, Registration(**entry))  # type: ignore[arg-type]
+        ranks = await look_up("127.0.0.1", port)
+        assert [rank.rank_port for rank in ranks] == [2, 0, 3, 1], "stage after stage"
+        assert ranks[1].slice == Slice((0, 1), (1, 2))
+        with pytest.raises(TransferError, match="no prefill rank"):
+            await look_up("127.0.0.1", port, dp_group=1)
+        assert call(port, "GET", "/ranks?target_dp_group=x")[0] == 400
     with pytest.raises(OSError):
-        await look_up("127.0.0.1", port, 0, 1)
+        await look_up("127.0.0.1", port)

@@ -33,8 +33,8 @@ def test_every_bad_variable_and_field_is_named() -> None:
     with pytest.raises(TransferConfigError) as error:
         TransferConfig.from_env(bad)
     assert all(name in str(error.value) for name in bad)
-    with pytest.raises(TransferConfigError, match=r"copy_threads.*tp_rank"):
-        TransferConfig(copy_threads=0, tp_rank=2)
+    with pytest.raises(TransferConfigError, match=r"copy_threads.*chunk_bytes"):
+        TransferConfig(copy_threads=0, chunk_bytes=-1)
     with pytest.raises(TransferConfigError, match="waiting_timeout_s"):
         TransferConfig(waiting_timeout_s=float("nan"))
 

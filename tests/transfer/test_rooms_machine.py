@@ -45,6 +45,8 @@ class Link:
     copies: list[Copy] = field(default_factory=list)
     up: bool = True
     name: str = "link"
+    worker: str = "decode"
+    num_takers: int = 1
 
     def __hash__(self) -> int:
         return id(self)
@@ -60,10 +62,9 @@ class Link:
     def drop(self, reason: str) -> None:
         self.lose()
 
-    def open(self, state: DecodeRoom) -> None:
+    def notify(self, state: DecodeRoom) -> None:
         tid, room, first, count = state.transfer_id, state.room, state.first_page_idx, len(state.page_ids)
         self.to_prefill.append(lambda: self.machine.prefill.notice(self, tid, room, first, count))
-        self.machine.decode.noticed(state)
 
     def release(self, state: DecodeRoom) -> None:
         pass
@@ -108,7 +109,7 @@ class Link:
 
     def finish_copy(self) -> None:
         if self.copies:
-            self.machine.decode.done(self.copies.pop(0).state, 1, None)
+            self.machine.decode.done(self.copies.pop(0).state, self.decode_side, 1, None)
 
     def lose(self) -> None:
         if self.up:
@@ -120,13 +121,17 @@ class Link:
 
 
 class DecodeSide:
-    """The link as the decode side's peer."""
+    """The link as the decode side's peer, and the way to it."""
 
     name = "link"
+    moves_pages = True
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.open, self.release, self.ack, self.cancelled = link.open, link.release, link.ack, link.cancelled
+        self.notify, self.release, self.ack, self.cancelled = link.notify, link.release, link.ack, link.cancelled
+
+    def open(self, state: DecodeRoom) -> None:
+        self._link.machine.decode.connected(state, [self])
 
     def cancel(self, transfer_id: int, reason: str) -> None:
         link = self._link
@@ -167,7 +172,7 @@ class TransferMachine(RuleBasedStateMachine):
     @rule(room=ROOMS, count=st.integers(0, NUM_PAGES), last=st.booleans())
     def send(self, room: int, count: int, last: bool) -> None:
         state = self.prefill._rooms.get(room)
-        if state is None or state.peer is None or state.last_queued or not state.expected:
+        if state is None or not state.has_all_takers or state.last_queued or not state.expected:
             return
         start = state.first_page_idx + state.num_sent
         stop = NUM_PAGES if last else min(NUM_PAGES, start + count)

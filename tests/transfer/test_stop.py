@@ -16,6 +16,7 @@ from baton.transfer.frames import PROTOCOL_VERSION, Ack, Cancel, Frame, Hello, L
 from baton.transfer.pages import checksum, copy_pages
 from baton.transfer.prefill_rooms import PrefillRooms
 from baton.transfer.prefill_session import PrefillContext, PrefillSession
+from baton.transfer.slices import whole_slice
 
 
 class LoopThread:
@@ -54,7 +55,8 @@ async def test_no_page_is_sent_after_the_one_during_which_the_cancel_came() -> N
     with PageMemory.create(32, PAGE_BYTES) as memory:
         config = TransferConfig(backend="tcp")
         rooms = PrefillRooms(config, clock.timers(), events.append)
-        context = PrefillContext(thread, rooms, memory, page_layout(), config, clock.timers(), None)  # type: ignore[arg-type]
+        layout = page_layout()
+        context = PrefillContext(thread, rooms, memory, layout, whole_slice(layout), True, config, clock.timers(), None)  # type: ignore[arg-type]
         session = PrefillSession(context, "peer", lambda _: None)
         wire = CancellingWire(session, cancel_at=11)
         session.attach(wire)  # type: ignore[arg-type]

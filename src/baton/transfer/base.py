@@ -20,7 +20,8 @@ from baton.protocol.errors import ErrorInfo
 
 
 class PageLayout(msgspec.Struct, frozen=True):
-    """What both sides must agree on before a page can be handed over byte for byte.
+    """What both sides must agree on before a page can be handed over byte for byte: whole pages, also where each rank of a worker has
+    only its part of them (`slices`).
 
     A page is (num_layers, 2, num_kv_heads, page_size, head_dim) of dtype, contiguous; 2 is K, then V.
     """
@@ -48,6 +49,10 @@ class FirstToken(msgspec.Struct, frozen=True):
     """Of `cached_tokens`: from the prefill's host tier."""
     cached_store: int = 0
     """Of `cached_tokens`: from the store."""
+
+
+NO_TOKEN = FirstToken(token_id=0, cached_tokens=0)
+"""What ranks that do not lead their worker pass on and hear: the token travels between the leading ranks alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,12 @@
 """SGLang's bootstrap server: where decode ranks find out how to reach the ranks of a prefill worker.
 
 `bootstrap_app()` is served by the prefill worker's HTTP process on `--disaggregation-bootstrap-port`; its ranks register
-by `register`, decode ranks ask by `look_up`. Requests and answers are SGLang's to the key and the error text. No KV and no
-room passes through here.
+by `register`, decode ranks ask by `look_up`. Requests and answers of /route are SGLang's to the key and the error text; /ranks is ours:
+all ranks in one answer, with the part of every page that each holds. No KV and no room passes through here.
 """
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,8 +16,7 @@ from starlette.routing import Route
 
 from baton.transfer.errors import TransferError
 from baton.transfer.http import http_call
-
-T = TypeVar("T")
+from baton.transfer.slices import Slice
 
 _MAX_BODY_BYTES = 64 << 10
 
@@ -37,6 +35,8 @@ class Registration(msgspec.Struct, frozen=True):
     system_dp_rank: int
     rank_ip: str
     rank_port: int
+    slice: Slice | None = None
+    """What the rank holds of every page; None: all of it, as the only rank. (SGLang's bodies have no such key.)"""
 
     @property
     def dp_size(self) -> int:
@@ -47,11 +47,19 @@ class Registration(msgspec.Struct, frozen=True):
         return self.attn_dp_rank if self.system_dp_size == 1 else self.system_dp_rank
 
 
-class RankAddress(msgspec.Struct, frozen=True):
-    """Answer for one rank."""
+class HoldingRank(msgspec.Struct, frozen=True):
+    """A rank of a prefill worker as /ranks lists it."""
 
     rank_ip: str
     rank_port: int
+    slice: Slice | None
+
+
+class PrefillRanks(msgspec.Struct, frozen=True):
+    """Answer of /ranks: the registered ranks of a dp group, stage after stage; of `size` that there are."""
+
+    size: int
+    ranks: list[HoldingRank]
 
 
 class ParallelSizes(msgspec.Struct, frozen=True):
@@ -68,16 +76,23 @@ class _Registry:
     flags) replace everything."""
 
     sizes: ParallelSizes = field(default_factory=ParallelSizes)
-    ranks: dict[tuple[int, int, int], RankAddress] = field(default_factory=dict)
-    """(dp group, tp rank, pp rank) -> address."""
+    ranks: dict[tuple[int, int, int], Registration] = field(default_factory=dict)
+    """By (dp group, pp rank, tp rank)."""
 
     def put(self, entry: Registration) -> None:
         sizes = ParallelSizes(entry.attn_tp_size, entry.dp_size, entry.pp_size)
         if sizes != self.sizes:
             self.sizes = sizes
             self.ranks.clear()
-        key = (entry.dp_group, entry.attn_tp_rank, entry.pp_rank)
-        self.ranks[key] = RankAddress(entry.rank_ip, entry.rank_port)
+        self.ranks[entry.dp_group, entry.pp_rank, entry.attn_tp_rank] = entry
+
+    def of_group(self, dp_group: int) -> PrefillRanks:
+        ranks = [
+            HoldingRank(entry.rank_ip, entry.rank_port, entry.slice)
+            for key, entry in sorted(self.ranks.items())
+            if key[0] == dp_group
+        ]
+        return PrefillRanks((self.sizes.prefill_attn_tp_size or 0) * (self.sizes.prefill_pp_size or 0), ranks)
 
 
 def bootstrap_app() -> Starlette:
@@ -87,10 +102,17 @@ def bootstrap_app() -> Starlette:
     async def route(request: Request) -> Response:
         return await _put_route(registry, request) if request.method == "PUT" else _get_route(registry, request)
 
+    async def ranks(request: Request) -> Response:
+        dp_group = request.query_params.get("target_dp_group", "0")
+        if not dp_group.isdecimal():
+            return PlainTextResponse(f"target_dp_group must be a whole number, got {dp_group!r}.", 400)
+        return JSONResponse(msgspec.to_builtins(registry.of_group(int(dp_group))))
+
     async def health(_: Request) -> Response:
         return PlainTextResponse("OK")
 
-    return Starlette(routes=[Route("/route", route, methods=["GET", "PUT"]), Route("/health", health)])
+    routes = [Route("/route", route, methods=["GET", "PUT"]), Route("/ranks", ranks), Route("/health", health)]
+    return Starlette(routes=routes)
 
 
 async def _put_route(registry: _Registry, request: Request) -> Response:
@@ -120,10 +142,10 @@ def _get_route(registry: _Registry, request: Request) -> Response:
             return PlainTextResponse(f"{name} must be an integer, got {text!r}.", 400)
     if key == [-1, -1, -1]:
         return JSONResponse(msgspec.to_builtins(registry.sizes))
-    address = registry.ranks.get((key[0], key[1], key[2]))
-    if address is None:
+    entry = registry.ranks.get((key[0], key[2], key[1]))
+    if entry is None:
         return PlainTextResponse("Bootstrap info not Found", 404)
-    return JSONResponse(msgspec.to_builtins(address))
+    return JSONResponse({"rank_ip": entry.rank_ip, "rank_port": entry.rank_port})
 
 
 async def register(host: str, port: int, entry: Registration) -> None:
@@ -133,33 +155,24 @@ async def register(host: str, port: int, entry: Registration) -> None:
         raise TransferError(f"bootstrap server {host}:{port} refused the registration ({status}): {_text(body)}")
 
 
-async def look_up(host: str, port: int, tp_rank: int, tp_size: int) -> RankAddress:
-    """Address of the prefill rank that serves our rank. Raises OSError or `TransferError`."""
-    sizes = await _get(host, port, -1, -1, ParallelSizes)
-    if sizes.prefill_attn_tp_size is None:
-        raise TransferError("no prefill rank has registered yet")
-    if sizes.prefill_attn_tp_size != tp_size:
+async def look_up(host: str, port: int, dp_group: int = 0) -> list[HoldingRank]:
+    """All ranks of a prefill worker. Raises OSError, or `TransferError` where some have not registered yet."""
+    status, body = await http_call("GET", host, port, f"/ranks?target_dp_group={dp_group}")
+    if status == 404:
         raise TransferError(
-            f"prefill and decode must have the same tp size: decode_tp={tp_size}, prefill_tp={sizes.prefill_attn_tp_size}"
+            "the bootstrap server has no /ranks: the prefill worker is of another version than this one"
         )
-    if sizes.prefill_dp_size != 1 or sizes.prefill_pp_size != 1:
-        raise TransferError(
-            "a prefill worker with data or pipeline parallelism is not supported: "
-            f"dp_size={sizes.prefill_dp_size}, pp_size={sizes.prefill_pp_size}"
-        )
-    return await _get(host, port, 0, tp_rank, RankAddress)
-
-
-async def _get(host: str, port: int, dp_group: int, tp_rank: int, kind: type[T]) -> T:
-    pp_rank = -1 if tp_rank == -1 else 0
-    target = f"/route?engine_rank={tp_rank}&target_dp_group={dp_group}&target_pp_rank={pp_rank}"
-    status, body = await http_call("GET", host, port, target)
     if status != 200:
         raise TransferError(f"bootstrap server answered {status}: {_text(body)}")
     try:
-        return msgspec.json.decode(body, type=kind)
+        answer = msgspec.json.decode(body, type=PrefillRanks)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TransferError(f"bootstrap server answered nonsense: {error}") from None
+    if not answer.ranks:
+        raise TransferError("no prefill rank has registered yet")
+    if len(answer.ranks) != answer.size:
+        raise TransferError(f"only {len(answer.ranks)} of {answer.size} prefill ranks have registered yet")
+    return answer.ranks
 
 
 def _text(body: bytes) -> str:

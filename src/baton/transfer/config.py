@@ -33,8 +33,6 @@ class TransferConfigError(BatonError):
 class TransferConfig:
     backend: Backend = "auto"
     """auto: shared memory when both sides are on one host, TCP otherwise."""
-    tp_rank: int = 0
-    tp_size: int = 1
     heartbeat_interval_s: float = 5.0
     heartbeat_max_failure: int = 2
     """Pings in a row without any sign of life before a peer counts as gone."""
@@ -59,12 +57,8 @@ class TransferConfig:
         problems = [
             f"{field.name} must be positive and finite, got {value}"
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), int | float)
-            and field.name != "tp_rank"
-            and not 0 < value < math.inf
+            if isinstance(value := getattr(self, field.name), int | float) and not 0 < value < math.inf
         ]
-        if not 0 <= self.tp_rank < self.tp_size:
-            problems.append(f"tp_rank must be in [0, tp_size = {self.tp_size}), got {self.tp_rank}")
         if problems:
             raise TransferConfigError("; ".join(problems))
 

@@ -1,7 +1,7 @@
 """The receiving side's front door: `open_decode_transfer` gives the rank's loop its `DecodeTransfer`.
 
-Owns the thread and one session per bootstrap server. Neighbours: `decode_session` (one prefill rank), `decode_rooms` (what
-happens to a room).
+Owns the thread and one route per bootstrap server. Neighbours: `decode_route` (one prefill worker), `decode_session` (one rank of it),
+`decode_rooms` (what happens to a room).
 """
 
 import logging
@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from baton.transfer.base import DecodeTransfer, Event, PageLayout, Wake
-from baton.transfer.config import TransferConfig, TransferConfigError
+from baton.transfer.config import TransferConfig
 from baton.transfer.decode_rooms import DecodeRooms
-from baton.transfer.decode_session import DecodeContext, DecodeSession
+from baton.transfer.decode_route import DecodeRoute
+from baton.transfer.decode_session import DecodeContext
 from baton.transfer.errors import aborted, broken, room_in_use
 from baton.transfer.fake import FakeDecodeTransfer
 from baton.transfer.frames import PROTOCOL_VERSION, Hello
 from baton.transfer.pages import Pages
+from baton.transfer.ranks import WorkerRanks, check_page_bytes
 from baton.transfer.stats import TransferStats
 from baton.transfer.thread import TransferThread
 from baton.transfer.timers import LoopTimers, MakeTimers
@@ -31,21 +33,23 @@ def open_decode_transfer(
     *,
     host: str,
     wake: Wake,
+    ranks: WorkerRanks | None = None,
     make_timers: MakeTimers = LoopTimers,
 ) -> DecodeTransfer:
     """Sessions are dialled when the first room of a bootstrap server comes; nothing listens here, `host` is only the name
-    that the prefill's log gives this worker. With `config.backend == "fake"` nothing is opened.
+    that the prefill's log gives this worker. `ranks`: those of this worker with a pool each; None: one. With `config.backend == "fake"`
+    nothing is opened.
 
     Raises `TransferConfigError` for a layout that is not the memory's."""
-    if layout.page_bytes != memory.page_bytes:
-        raise TransferConfigError(f"layout.page_bytes is {layout.page_bytes}, the memory has {memory.page_bytes}")
+    ranks = ranks or WorkerRanks.alone(layout)
+    check_page_bytes(memory, layout, ranks.slices[ranks.rank])
     if config.backend == "fake":
         return FakeDecodeTransfer(wake)
-    return RankDecodeTransfer(memory, layout, config, host, wake, make_timers)
+    return RankDecodeTransfer(memory, layout, config, host, ranks, wake, make_timers)
 
 
 class RankDecodeTransfer:
-    """Implements `base.DecodeTransfer` over sessions with prefill ranks."""
+    """Implements `base.DecodeTransfer` over routes to prefill workers."""
 
     def __init__(
         self,
@@ -53,17 +57,18 @@ class RankDecodeTransfer:
         layout: PageLayout,
         config: TransferConfig,
         host: str,
+        ranks: WorkerRanks,
         wake: Wake,
         make_timers: MakeTimers,
     ) -> None:
         self._memory = memory
         self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.
-        self._sessions: dict[tuple[str, int], DecodeSession] = {}  # Transfer's thread only.
+        self._routes: dict[tuple[str, int], DecodeRoute] = {}  # Transfer's thread only.
         self._thread = TransferThread("baton-decode-transfer", config.copy_threads, wake)
         timers = make_timers(self._thread.loop)
-        self._rooms = DecodeRooms(memory.page_bytes, timers, self._thread.emit)
-        hello = Hello(PROTOCOL_VERSION, f"{host}/{os.getpid()}", layout)
-        self._context = DecodeContext(self._thread, self._rooms, memory, hello, config, timers)
+        self._rooms = DecodeRooms(memory.page_bytes, timers, self._thread.emit, leads=ranks.rank == 0)
+        hello = Hello(PROTOCOL_VERSION, f"{host}/{os.getpid()}", layout, worker=ranks.worker, rank=ranks.rank)
+        self._context = DecodeContext(self._thread, self._rooms, memory, hello, ranks.slices, config, timers)
 
     # base.DecodeTransfer
 
@@ -108,22 +113,21 @@ class RankDecodeTransfer:
 
     def session_modes(self) -> dict[tuple[str, int], str | None]:
         """How pages travel from each bootstrap server; None: being connected. Waits for the transfer's thread."""
-        return self._thread.ask(lambda: {address: session.mode for address, session in self._sessions.items()})
+        return self._thread.ask(lambda: {address: route.mode for address, route in self._routes.items()})
 
     # On the thread
 
     def _receive(
         self, room: int, address: tuple[str, int], first_page_idx: int, page_ids: Sequence[int], timeout_s: float
     ) -> None:
-        session = self._sessions.get(address)
-        if session is None:
-            session = DecodeSession(self._context, address, self._session_closed)
-            self._sessions[address] = session
-        self._rooms.receive(room, session, first_page_idx, page_ids, timeout_s)
+        route = self._routes.get(address)
+        if route is None:
+            route = self._routes[address] = DecodeRoute(self._context, address, self._route_closed)
+        self._rooms.receive(room, route, first_page_idx, page_ids, timeout_s)
 
-    def _session_closed(self, session: DecodeSession) -> None:
-        if self._sessions.get(session.address) is session:
-            del self._sessions[session.address]
+    def _route_closed(self, route: DecodeRoute) -> None:
+        if self._routes.get(route.address) is route:
+            del self._routes[route.address]
 
     def _post(self, room: int, call: Callable[[], None]) -> None:
         def run() -> None:
@@ -137,5 +141,5 @@ class RankDecodeTransfer:
 
     def _stop(self) -> None:
         self._rooms.close("the decode worker is shutting down")
-        for session in list(self._sessions.values()):
-            session.close("the decode worker is shutting down")
+        for route in list(self._routes.values()):
+            route.close("the decode worker is shutting down")

@@ -1,6 +1,6 @@
-"""One session of a decode rank with a prefill rank: finding it, hello, heart-beat, and the arrival of pages.
+"""One session of a decode rank with a prefill rank: hello, heart-beat, and the arrival of pages.
 
-What a frame does to a room is decided in `decode_rooms`; bytes and sockets are `wire`'s.
+How the rank is found: `decode_route`. What a frame does to a room is decided in `decode_rooms`; bytes and sockets are `wire`'s.
 
 Why a lost connection is final for both sides, also with shared memory: all writing into our pool is done by our own
 threads (`decode_rooms`), so nothing of the peer can come late. The other way round, we may still be reading a page of the
@@ -13,15 +13,15 @@ that our mapping of its pool is gone as well.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from baton.protocol.errors import ErrorInfo
-from baton.transfer.bootstrap import RankAddress, look_up
 from baton.transfer.config import TransferConfig
 from baton.transfer.decode_rooms import DecodeRoom, DecodeRooms
 from baton.transfer.errors import TransferError, broken
@@ -44,13 +44,12 @@ from baton.transfer.frames import (
 from baton.transfer.heartbeat import Heartbeat
 from baton.transfer.pages import Pages, checksum, copy_pages
 from baton.transfer.shm import RemotePages
+from baton.transfer.slices import Slice, part_of_pages, slice_bytes
 from baton.transfer.thread import TransferThread
 from baton.transfer.timers import Timers
 from baton.transfer.wire import Wire
 
 log = logging.getLogger(__name__)
-
-_UNSPECIFIED = ("0.0.0.0", "::", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,41 +60,57 @@ class DecodeContext:
     rooms: DecodeRooms
     pages: Pages
     hello: Hello
+    """Without what differs from session to session."""
+    slices: Sequence[Slice]
+    """What the ranks of this worker hold of a page."""
     config: TransferConfig
     timers: Timers
 
+    @property
+    def own(self) -> Slice:
+        """What `pages` hold."""
+        return self.slices[self.hello.rank]
+
 
 class DecodeSession:
-    """Implements `decode_rooms.DecodePeer`. `on_closed(self)` is called once; a new session may take its place then."""
+    """Implements `decode_rooms.DecodePeer`. `on_lost(reason)` is called once, for any end but `close`."""
 
     def __init__(
-        self, context: DecodeContext, address: tuple[str, int], on_closed: "Callable[[DecodeSession], None]"
+        self,
+        context: DecodeContext,
+        name: str,
+        source: Slice,
+        part: Slice,
+        num_takers: int,
+        on_lost: Callable[[str], None],
     ) -> None:
-        self.address = address
-        self.name = f"{address[0]}:{address[1]}"
+        """`source`: what the prefill rank holds of a page; `part`: what of it comes here; `num_takers`: of this worker."""
+        self.name = name
+        self.moves_pages = not part.is_empty
         self.mode: str | None = None
-        """How pages travel; None until connected."""
+        """shm or tcp; None: not connected yet."""
         self._context = context
-        self._thread, self._rooms, self._pages = context.thread, context.rooms, context.pages
-        self._config = context.config
-        self._on_closed = on_closed
+        self._thread, self._rooms, self._config = context.thread, context.rooms, context.config
+        self._hello = msgspec.structs.replace(context.hello, part=part, num_takers=num_takers)
+        self._source, self._part = source, part
+        self._pages = (
+            part_of_pages(context.pages.array, context.hello.layout, context.own, part) if self.moves_pages else None
+        )
+        self._part_bytes = slice_bytes(context.hello.layout, part)
+        self._on_lost = on_lost
         self._closed = False
-        self._waiting: list[DecodeRoom] = []
         self._wire: Wire | None = None
         self._hello_reply: asyncio.Future[Welcome | Refuse] = context.thread.loop.create_future()
-        self._remote: RemotePages | None = None
+        self._remote: NDArray[np.uint8] | None = None
+        """[num_pages, l, 2, k, H]: the part of the prefill's pages, shared memory."""
         self._incoming: DecodeRoom | None = None  # Whose page the wire is writing.
         self._scratch = memoryview(b"")
         self._heartbeat: Heartbeat | None = None
-        context.thread.start(self._connect(), f"connect {self.name}")
 
     # DecodePeer
 
-    def open(self, state: DecodeRoom) -> None:
-        if self.mode is None:
-            self._waiting.append(state)
-        else:
-            self._notify(state)
+    def notify(self, state: DecodeRoom) -> None:
+        self._send(Notice(state.transfer_id, state.room, state.first_page_idx, len(state.page_ids)))
 
     def release(self, state: DecodeRoom) -> None:
         if self._incoming is state and self._wire is not None:
@@ -113,15 +128,8 @@ class DecodeSession:
 
     # Life
 
-    def drop(self, reason: str) -> None:
-        """End the session; every room of it fails. Does nothing the second time."""
-        if self._closed:
-            return
-        log.warning("prefill session lost", extra={"bootstrap_addr": self.name, "reason": reason})
-        self.close(reason)
-
-    def close(self, reason: str) -> None:
-        """As `drop`, on purpose."""
+    def close(self) -> None:
+        """End the session without a word to anyone. Does nothing the second time."""
         if self._closed:
             return
         self._closed = True
@@ -131,30 +139,23 @@ class DecodeSession:
             self._heartbeat.stop()
         self._hello_reply.cancel()
         self._remote = None
-        self._on_closed(self)
-        self._rooms.lost(self, f"Losing connection with prefill instance (bootstrap_addr: {self.name}): {reason}")
 
-    async def _connect(self) -> None:
-        limit_s = self._config.connect_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                rank = await look_up(*self.address, self._config.tp_rank, self._config.tp_size)
-                sock = await _dial(_reachable(rank, self.address[0]))
-                await self._greet(sock)
-        except TimeoutError:
-            self.drop(f"no connection within {limit_s:g} s")
-        except (OSError, TransferError) as error:
-            self.drop(str(error))
-        except asyncio.CancelledError:
-            if not self._closed:  # The whole transfer is closing; a lost wire has already dropped us otherwise.
-                self.close("closed")
-        except Exception as error:  # A bug of ours: costs this session's rooms, reported as their end.
-            log.exception("connecting failed", extra={"bootstrap_addr": self.name})
-            self.drop(f"internal error: {error!r}")
+    async def connect(self, address: tuple[str, int]) -> None:
+        """Ready for rooms when it returns, or closed meanwhile. Raises OSError or `TransferError`; `on_lost` may come first."""
+        sock = await _dial(address)
+        if self._closed:
+            sock.close()
+            return
+        await self._greet(sock)
+
+    def _lost(self, reason: str) -> None:
+        if not self._closed:
+            self.close()
+            self._on_lost(reason)
 
     async def _greet(self, sock: socket.socket) -> None:
-        self._wire = Wire(self._thread.loop, sock, self._on_frame, self.drop)
-        self._send(self._context.hello)
+        self._wire = Wire(self._thread.loop, sock, self._on_frame, self._lost)
+        self._send(self._hello)
         reply = await self._hello_reply
         if isinstance(reply, Refuse):
             raise TransferError(reply.message)
@@ -162,39 +163,30 @@ class DecodeSession:
         if self._closed:
             return
         self._remote = remote
+        self.mode = "tcp" if remote is None else "shm"
         self._wire.max_frame_bytes = self._config.max_frame_bytes
-        self.mode = "tcp" if self._remote is None else "shm"
-        self._send(Mode("tcp" if self._remote is None else "shm"))
+        self._send(Mode("tcp" if remote is None else "shm"))
         self._heartbeat = Heartbeat(
             self._context.timers,
             self._config.heartbeat_interval_s,
             self._config.heartbeat_max_failure,
             ping=lambda: self._send(Ping()),
-            dead=self.drop,
+            dead=self._lost,
         )
-        log.info("prefill session started", extra={"bootstrap_addr": self.name, "mode": self.mode})
-        waiting, self._waiting = self._waiting, []
-        for state in waiting:
-            self._notify(state)
+        log.info("prefill session started", extra={"prefill": self.name, "mode": self.mode})
 
-    async def _map(self, welcome: Welcome) -> RemotePages | None:
-        """The prefill's pool, if it is offered and lies on this host."""
-        if welcome.shm is None or self._config.backend == "tcp":
+    async def _map(self, welcome: Welcome) -> NDArray[np.uint8] | None:
+        """The prefill's pages, if they are offered and lie on this host."""
+        if welcome.shm is None or self._config.backend == "tcp" or not self.moves_pages:
             return None
-        work = partial(RemotePages.map, welcome.shm, self._pages.page_bytes)
+        layout = self._hello.layout
+        work = partial(RemotePages.map, welcome.shm, slice_bytes(layout, self._source))
         try:
-            return await self._thread.loop.run_in_executor(None, work)
+            remote = await self._thread.loop.run_in_executor(None, work)
+            return part_of_pages(remote.array, layout, self._source, self._part)
         except (OSError, TransferError) as error:
-            log.info("no shared memory, using TCP", extra={"bootstrap_addr": self.name, "reason": str(error)})
+            log.info("no shared memory, using TCP", extra={"prefill": self.name, "reason": str(error)})
             return None
-
-    def _notify(self, state: DecodeRoom) -> None:
-        self._send(Notice(state.transfer_id, state.room, state.first_page_idx, len(state.page_ids)))
-        if state.failure is None:
-            self._rooms.noticed(state)
-        else:
-            # Given up while we were connecting: the prefill must not wait for a decode side that will never come.
-            self._send(Cancel(state.transfer_id, state.failure.message))
 
     def _send(self, frame: Frame) -> None:
         if self._wire is not None:
@@ -226,9 +218,9 @@ class DecodeSession:
 
     def _chunk(self, chunk: Chunk) -> None:
         """Pages lie ready in the prefill's pool: copy them out, and verify, on the copy thread."""
-        if self._remote is None or len(chunk.page_ids) != len(chunk.checksums):
+        if self._remote is None or self._pages is None or len(chunk.page_ids) != len(chunk.checksums):
             raise TransferError("bad chunk of pages")
-        if any(not 0 <= page_id < self._remote.num_pages for page_id in chunk.page_ids):
+        if any(not 0 <= page_id < len(self._remote) for page_id in chunk.page_ids):
             raise TransferError("chunk names a page outside the prefill's pool")
         num_pages = len(chunk.page_ids)
         state = self._rooms.claim(self, chunk.transfer_id, chunk.first_page_idx, num_pages)
@@ -237,9 +229,9 @@ class DecodeSession:
         first = chunk.first_page_idx - state.first_page_idx
         work = partial(
             copy_pages,
-            self._remote.array,
+            self._remote,
             chunk.page_ids,
-            self._pages.array,
+            self._pages,
             state.page_ids[first : first + num_pages],
             chunk.checksums,
             lambda: state.failure is not None,
@@ -247,27 +239,31 @@ class DecodeSession:
         self._run(state, num_pages, work)
 
     def _page(self, page: Page) -> None:
-        """A page follows on the wire: straight into our pool if its room still wants it, then verify."""
-        if self.mode != "tcp":
-            raise TransferError("page body in a shared memory session")
+        """A page follows on the wire: straight into our pool if its room still wants it and it lies there in one piece, then
+        verify."""
+        if self.mode != "tcp" or self._pages is None:
+            raise TransferError("page body in a session that carries none")
         state = self._rooms.claim(self, page.transfer_id, page.page_idx, 1)
         assert self._wire is not None
         if state is None:
             self._wire.read_into(self._scratch_page(), _nothing)
             return
-        target = self._pages.array[state.page_ids[page.page_idx - state.first_page_idx]]
+        target = self._pages[state.page_ids[page.page_idx - state.first_page_idx]]
+        sink = target.reshape(-1).data if target.flags.c_contiguous else self._scratch_page()
         self._incoming = state
-        self._wire.read_into(target.data, lambda: self._page_arrived(state, target, page))
+        self._wire.read_into(sink, lambda: self._page_arrived(state, target, page))
 
     def _page_arrived(self, state: DecodeRoom, target: NDArray[np.uint8], page: Page) -> None:
         """Verified here, not on the copy thread: summing takes tens of microseconds, less than handing it over costs, and
         the page is still in this core's cache."""
         self._incoming = None
         self._rooms.begin(state)
+        if not target.flags.c_contiguous:
+            target[...] = np.frombuffer(self._scratch, dtype=np.uint8).reshape(target.shape)
         if checksum(target) == page.checksum:
-            self._rooms.done(state, 1, None)
+            self._rooms.done(state, self, 1, None)
         else:
-            self._rooms.done(state, 0, _damaged(state))
+            self._rooms.done(state, self, 0, _damaged(state))
 
     def _run(self, state: DecodeRoom, num_pages: int, work: Callable[[], bool]) -> None:
         self._rooms.begin(state)
@@ -276,26 +272,21 @@ class DecodeSession:
     def _ran(self, state: DecodeRoom, num_pages: int, future: "asyncio.Future[bool]") -> None:
         if (problem := future.exception()) is not None:
             log.error("copying pages failed", exc_info=problem, extra={"room": state.room})
-            self._rooms.done(state, 0, broken(f"internal error: {problem!r}"))
+            self._rooms.done(state, self, 0, broken(f"internal error: {problem!r}"))
         elif not future.result():
-            self._rooms.done(state, 0, _damaged(state))
+            self._rooms.done(state, self, 0, _damaged(state))
         else:
-            self._rooms.done(state, num_pages, None)
+            self._rooms.done(state, self, num_pages, None)
 
     def _scratch_page(self) -> memoryview:
-        """Where pages go that nobody wants any more."""
+        """Where pages go that nobody wants any more, or that are put in their places when they are complete."""
         if not self._scratch:
-            self._scratch = memoryview(bytearray(self._pages.page_bytes))
+            self._scratch = memoryview(bytearray(self._part_bytes))
         return self._scratch
 
 
 def _damaged(state: DecodeRoom) -> ErrorInfo:
     return broken(f"A page of bootstrap_room {state.room} arrived damaged (checksum mismatch)")
-
-
-def _reachable(rank: RankAddress, bootstrap_host: str) -> tuple[str, int]:
-    """A rank that listens on every address registers that; it is then on the bootstrap server's own host."""
-    return (bootstrap_host if rank.rank_ip in _UNSPECIFIED else rank.rank_ip), rank.rank_port
 
 
 async def _dial(address: tuple[str, int]) -> socket.socket:

@@ -1,11 +1,14 @@
 """The messages of one session between a decode rank and a prefill rank, and their encoding.
 
+A session is between one rank of each worker. Workers of several ranks with a pool each have a session between every two ranks that have
+something of each other's pages (`slices`), and a room is open in all of them.
+
 A frame is a 4-byte little-endian length and that many bytes of msgpack. `Page` alone is followed by a body: the page's raw
-bytes. Every frame names a `transfer_id`, not a room: the decode side numbers its attempts within the session, so a late
+bytes. Every frame names a `transfer_id`, not a room: the decode worker numbers its attempts, alike on all its ranks, so a late
 frame of an ended attempt can never be taken for one of a new attempt with the same room. All arrives in order.
 
     decode                                   prefill
-      Hello(layout) ───────────────────────────►
+      Hello(layout, part) ──────────────────────►
       ◄──────────────────── Welcome(shm offer) or Refuse
       Mode(shm | tcp) ─────────────────────────►
       Notice(room, pages) ─────────────────────►            pages are allocated, send them
@@ -23,8 +26,9 @@ import msgspec
 
 from baton.transfer.base import FirstToken, PageLayout
 from baton.transfer.errors import TransferError
+from baton.transfer.slices import Slice
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HANDSHAKE_FRAME_BYTES = 64 << 10
 """Limit of a frame before the hello is accepted: a stranger cannot make us allocate more."""
 LENGTH_BYTES = 4
@@ -35,6 +39,14 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     name: str
     """Who the decode side is, for the prefill's log."""
     layout: PageLayout
+    """Of whole pages, whatever part of them this rank has."""
+    part: Slice | None = None
+    """What of each page travels in this session; None: all that the prefill rank has."""
+    worker: str = ""
+    """The same for all ranks of the decode worker and for nobody else."""
+    rank: int = 0
+    num_takers: int = 1
+    """Ranks of the decode worker that take something from this prefill rank."""
 
 
 class ShmOffer(msgspec.Struct, frozen=True):
@@ -79,7 +91,7 @@ class Chunk(msgspec.Struct, tag="chunk", frozen=True):
 
 
 class Page(msgspec.Struct, tag="page", frozen=True):
-    """One page; `page_bytes` bytes of body follow the frame."""
+    """One page; the bytes of the session's part of it follow the frame, packed (l, 2, k, S, D)."""
 
     transfer_id: int
     page_idx: int
@@ -90,7 +102,8 @@ class Last(msgspec.Struct, tag="last", frozen=True):
     transfer_id: int
     num_pages: int
     """Pages sent for this transfer in all: what the decode side must have."""
-    first_token: FirstToken
+    first_token: FirstToken | None
+    """Between the leading ranks of both workers; None elsewhere."""
 
 
 class Ack(msgspec.Struct, tag="ack", frozen=True):

@@ -1,10 +1,11 @@
-"""A pool of pages as the transfer sees it, and the two things done to a page off the event loop: sum it, copy it.
+"""A pool of pages as the transfer sees it, and the two things done to a page off the event loop: sum it, copy it. Which part of it: `slices`.
 
 xxh3 (64 bit) guards every page from the prefill's memory to the decode's. It is no defence against a forger (who could
 send a valid sum), but finds damage, a torn page, or a source page that was reused too early.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,18 +28,26 @@ Stopped = Callable[[], bool]
 
 
 def checksum(page: NDArray[np.uint8]) -> int:
-    """`page` is uint8 [page_bytes], contiguous."""
-    return int(xxhash.xxh3_64_intdigest(page.data))
+    """Of the bytes of `page` in order, whatever its shape; those of a part that lies scattered are gathered first."""
+    return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(page).data))
 
 
-def checksum_pages(pages: NDArray[np.uint8], page_ids: Sequence[int], stopped: Stopped) -> list[int] | None:
-    """Sums of `page_ids` in order; None when stopped on the way."""
-    sums = []
+@dataclass(frozen=True, slots=True)
+class SummedPage:
+    checksum: int
+    body: NDArray[np.uint8]
+    """uint8 [part_bytes]: the page's own memory, or a gathered copy where the part lies scattered in it."""
+
+
+def sum_pages(pages: NDArray[np.uint8], page_ids: Sequence[int], stopped: Stopped) -> list[SummedPage] | None:
+    """`page_ids` of `pages` [num_pages, ...] in order; None when stopped on the way."""
+    summed = []
     for page_id in page_ids:
         if stopped():
             return None
-        sums.append(checksum(pages[page_id]))
-    return sums
+        body = np.ascontiguousarray(pages[page_id]).reshape(-1)
+        summed.append(SummedPage(checksum(body), body))
+    return summed
 
 
 def copy_pages(
@@ -49,7 +58,8 @@ def copy_pages(
     checksums: Sequence[int],
     stopped: Stopped,
 ) -> bool:
-    """Copy page by page and verify what arrived; False at the first page that is not what its sum says."""
+    """Copy page by page and verify what arrived; False at the first page that is not what its sum says. Both are [num_pages, ...]
+    with pages of the same shape."""
     for source_id, target_id, expected in zip(source_ids, target_ids, checksums, strict=True):
         if stopped():
             return True

@@ -1,6 +1,6 @@
 """The sending side's front door: `open_prefill_transfer` gives the rank's loop its `PrefillTransfer`.
 
-Owns the thread, the listener for decode ranks and the registration with the bootstrap server. Neighbours:
+Owns the thread, the listener for decode ranks and, on rank 0, the registration of all ranks with the bootstrap server. Neighbours:
 `prefill_session` (one decode rank), `prefill_rooms` (what happens to a room).
 """
 
@@ -25,7 +25,9 @@ from baton.transfer.listener import Listener
 from baton.transfer.pages import Pages
 from baton.transfer.prefill_rooms import PrefillRooms
 from baton.transfer.prefill_session import PrefillContext, PrefillSession
+from baton.transfer.ranks import check_page_bytes
 from baton.transfer.shm import ShmServer
+from baton.transfer.slices import Slice, whole_slice
 from baton.transfer.stats import TransferStats
 from baton.transfer.thread import TransferThread
 from baton.transfer.timers import LoopTimers, MakeTimers
@@ -48,15 +50,20 @@ def open_prefill_transfer(
     wake: Wake,
     make_timers: MakeTimers = LoopTimers,
 ) -> "PrefillTransfer":
-    """Listen for decode ranks on `host` and register with the bootstrap server at `bootstrap_url` (http://host:port),
-    again and again until it answers. With `config.backend == "fake"` nothing is opened.
+    """The only rank of a worker, or the only one with a pool: listen for decode ranks on `host` and register with the bootstrap server at
+    `bootstrap_url` (http://host:port), again and again until it answers. With `config.backend == "fake"` nothing is opened.
 
     Raises `TransferConfigError` for a bad URL or layout and OSError when the host cannot be bound."""
-    if layout.page_bytes != memory.page_bytes:
-        raise TransferConfigError(f"layout.page_bytes is {layout.page_bytes}, the memory has {memory.page_bytes}")
+    own = whole_slice(layout)
+    check_page_bytes(memory, layout, own)
     if config.backend == "fake":
         return FakePrefillTransfer(wake)
-    return RankPrefillTransfer(memory, layout, config, host, _split_url(bootstrap_url), wake, make_timers)
+    bootstrap = split_url(bootstrap_url)
+    transfer = RankPrefillTransfer(
+        memory, layout, config, host, own, wake, facing=bootstrap[0], make_timers=make_timers
+    )
+    transfer.register(bootstrap, [registration(0, 1, 1, transfer.address, own)])
+    return transfer
 
 
 class RankPrefillTransfer:
@@ -68,25 +75,29 @@ class RankPrefillTransfer:
         layout: PageLayout,
         config: TransferConfig,
         host: str,
-        bootstrap: tuple[str, int],
+        own: Slice,
         wake: Wake,
-        make_timers: MakeTimers,
+        *,
+        facing: str,
+        leads: bool = True,
+        make_timers: MakeTimers = LoopTimers,
     ) -> None:
+        """`own`: what `memory` holds of a page, `facing`: see `_advertised`; `leads`: this is rank 0. Raises OSError when the host cannot
+        be bound."""
         self._config = config
-        self._bootstrap = bootstrap
         self._num_pages = memory.num_pages
         self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.
         self._sessions: set[PrefillSession] = set()
         self._session_numbers = itertools.count(1)
         self._registered = threading.Event()
         self._listener = _listen(host)
-        self.address: tuple[str, int] = (_advertised(host, bootstrap[0]), self._listener.getsockname()[1])
-        """What is registered: where decode ranks reach us."""
+        self.address: tuple[str, int] = (_advertised(host, facing), self._listener.getsockname()[1])
+        """To be registered: where decode ranks reach us."""
         self._thread = TransferThread("baton-prefill-transfer", config.copy_threads, wake)
         timers = make_timers(self._thread.loop)
         self._rooms = PrefillRooms(config, timers, self._thread.emit)
         shm = _offer_shared_memory(memory) if config.backend == "auto" else None
-        self._context = PrefillContext(self._thread, self._rooms, memory, layout, config, timers, shm)
+        self._context = PrefillContext(self._thread, self._rooms, memory, layout, own, leads, config, timers, shm)
         self._thread.ask(self._start)
 
     # base.PrefillTransfer
@@ -118,8 +129,12 @@ class RankPrefillTransfer:
 
     # Beyond the contract
 
+    def register(self, bootstrap: tuple[str, int], entries: Sequence[Registration]) -> None:
+        """Make the ranks of this worker known to its bootstrap server, and go on doing so. Rank 0 calls it, once, for all."""
+        self._thread.ask(lambda: self._thread.start(self._keep_registered(bootstrap, entries), "register"))
+
     def wait_registered(self, timeout_s: float) -> bool:
-        """Whether the bootstrap server knows this rank; waits up to `timeout_s` for it."""
+        """Whether the bootstrap server knows the worker; waits up to `timeout_s` for it."""
         return self._registered.wait(timeout_s)
 
     def stats(self) -> TransferStats:
@@ -143,7 +158,6 @@ class RankPrefillTransfer:
 
     def _start(self) -> None:
         self._listening = Listener(self._thread.loop, self._listener, self._connected)
-        self._thread.start(self._keep_registered(), "register")
         if self._context.shm is not None:
             self._context.shm.start(self._thread.loop)
 
@@ -164,20 +178,19 @@ class RankPrefillTransfer:
         self._sessions.add(session)
         session.attach(Wire(self._thread.loop, connection, session.on_frame, session.on_lost))
 
-    async def _keep_registered(self) -> None:
-        """Register, and go on doing so: a bootstrap server that was restarted must learn about us again."""
-        size, rank = self._config.tp_size, self._config.tp_rank
-        entry = Registration("Prefill", size, rank, 1, 0, 1, 0, 1, 0, *self.address)
+    async def _keep_registered(self, bootstrap: tuple[str, int], entries: Sequence[Registration]) -> None:
+        """A bootstrap server that was restarted must learn about us again."""
         failing = False
         while True:
             try:
                 async with asyncio.timeout(_REGISTER_TIMEOUT_S):
-                    await register(*self._bootstrap, entry)
+                    for entry in entries:
+                        await register(*bootstrap, entry)
                 self._registered.set()
                 failing = False
             except (OSError, TransferError) as error:  # TimeoutError is an OSError.
                 if not failing:
-                    log.warning("cannot register", extra={"bootstrap": self._bootstrap, "reason": str(error)})
+                    log.warning("cannot register", extra={"bootstrap": bootstrap, "reason": str(error)})
                 failing = True
             await asyncio.sleep(_REGISTER_RETRY_S if failing else self._config.registration_interval_s)
 
@@ -194,7 +207,13 @@ def _offer_shared_memory(memory: Pages) -> ShmServer | None:
         return None
 
 
-def _split_url(url: str) -> tuple[str, int]:
+def registration(rank: int, tp_size: int, pp_size: int, address: tuple[str, int], held: Slice) -> Registration:
+    """Of a rank that holds `held`; ranks are numbered stage after stage."""
+    stage, tp_rank = divmod(rank, tp_size)
+    return Registration("Prefill", tp_size, tp_rank, 1, 0, pp_size, stage, 1, 0, *address, held)
+
+
+def split_url(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     with contextlib.suppress(ValueError):
         if parts.scheme == "http" and parts.hostname and parts.port:
@@ -216,13 +235,13 @@ def _listen(host: str) -> socket.socket:
     return listener
 
 
-def _advertised(host: str, bootstrap_host: str) -> str:
-    """The address to register. Listening on every address, we name the one that faces the bootstrap server; when that is
+def _advertised(host: str, facing: str) -> str:
+    """The address to register. Listening on every address, we name the one that faces the bootstrap server at `facing`; when that is
     on this host, "every address", which decode ranks read as "where the bootstrap server is"."""
     if host and not _is_unspecified(host):
         return host
     with contextlib.suppress(OSError):
-        family, kind, _, _, address = socket.getaddrinfo(bootstrap_host, 1, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(facing, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # Sends nothing: it only asks the routing table.
             local = str(probe.getsockname()[0])

@@ -36,9 +36,10 @@ from baton.transfer.frames import (
     layout_mismatch,
 )  # fmt: skip
 from baton.transfer.heartbeat import Heartbeat
-from baton.transfer.pages import Pages, checksum_pages
+from baton.transfer.pages import Pages, SummedPage, sum_pages
 from baton.transfer.prefill_rooms import PrefillRooms, SendJob
 from baton.transfer.shm import ShmServer
+from baton.transfer.slices import Slice, part_of_pages, slice_bytes
 from baton.transfer.thread import TransferThread
 from baton.transfer.timers import Timers
 from baton.transfer.wire import Wire
@@ -57,6 +58,10 @@ class PrefillContext:
     rooms: PrefillRooms
     pages: Pages
     layout: PageLayout
+    own: Slice
+    """What of a page `pages` hold."""
+    leads: bool
+    """This is rank 0 of its worker, whose first token counts."""
     config: TransferConfig
     timers: Timers
     shm: ShmServer | None
@@ -68,6 +73,11 @@ class PrefillSession:
 
     def __init__(self, context: PrefillContext, name: str, on_closed: "Callable[[PrefillSession], None]") -> None:
         self.name = name
+        self.worker, self.num_takers = "", 1  # Until the hello.
+        self._sends_token = context.leads
+        self._part = part_of_pages(context.pages.array, context.layout, context.own, context.own)
+        """[num_pages, l, 2, k, H]: what of each page this session carries."""
+        self._part_bytes = context.pages.page_bytes
         self._context = context
         self._on_closed = on_closed
         self._wire: Wire | None = None
@@ -135,6 +145,7 @@ class PrefillSession:
             if refusal := self._refusal(frame):
                 self._send(refusal)
                 raise TransferError(refusal.message)
+            self._carry(frame)
             if self._context.shm is not None:
                 self._offer = self._context.shm.offer()
             self._send(Welcome(self._offer))
@@ -149,8 +160,24 @@ class PrefillSession:
         if hello.version != PROTOCOL_VERSION:
             text = f"transfer protocol differs: prefill has {PROTOCOL_VERSION}, decode has {hello.version}"
             return Refuse("version", text)
-        mismatch = layout_mismatch(self._context.layout, hello.layout)
-        return None if mismatch is None else Refuse(*mismatch)
+        if (mismatch := layout_mismatch(self._context.layout, hello.layout)) is not None:
+            return Refuse(*mismatch)
+        if hello.part is not None and not hello.part.is_empty and self._context.own.overlap(hello.part) != hello.part:
+            return Refuse(
+                "part", f"this prefill rank holds {self._context.own} of a page, decode asks for {hello.part}"
+            )
+        if hello.num_takers < 1:
+            return Refuse("num_takers", f"num_takers must be at least 1, got {hello.num_takers}")
+        return None
+
+    def _carry(self, hello: Hello) -> None:
+        context = self._context
+        part = context.own if hello.part is None else hello.part
+        self.worker, self.num_takers = hello.worker, hello.num_takers
+        self._sends_token = context.leads and hello.rank == 0
+        self._part_bytes = slice_bytes(context.layout, part)
+        if self._part_bytes:
+            self._part = part_of_pages(context.pages.array, context.layout, context.own, part)
 
     def _start(self, mode: str) -> None:
         assert self._wire is not None
@@ -197,21 +224,22 @@ class PrefillSession:
         """Returns early when the room is given up; at most one page is sent after that."""
         assert self._wire is not None
         state = job.room
-        pages, page_bytes = self._context.pages.array, self._context.pages.page_bytes
-        async with aclosing(self._summed(job)) as groups:
-            async for first_idx, page_ids, sums in groups:
-                if self._mode == "shm":
-                    self._send(Chunk(state.transfer_id, first_idx, list(page_ids), sums))
-                    state.num_bytes += len(page_ids) * page_bytes
-                    continue
-                for offset, (page_id, page_sum) in enumerate(zip(page_ids, sums, strict=True)):
-                    if state.failure is not None:
-                        return
-                    frame = Page(state.transfer_id, first_idx + offset, page_sum)
-                    await self._wire.send_page(frame, pages[page_id].data)
-                    state.num_bytes += page_bytes
+        if self._part_bytes:
+            async with aclosing(self._summed(job)) as groups:
+                async for first_idx, page_ids, pages in groups:
+                    if self._mode == "shm":
+                        sums = [page.checksum for page in pages]
+                        self._send(Chunk(state.transfer_id, first_idx, list(page_ids), sums))
+                        state.num_bytes += len(page_ids) * self._part_bytes
+                        continue
+                    for page_idx, page in enumerate(pages, first_idx):
+                        if state.failure is not None:
+                            return
+                        await self._wire.send_page(Page(state.transfer_id, page_idx, page.checksum), page.body.data)
+                        state.num_bytes += self._part_bytes
         if job.first_token is not None and state.failure is None:
-            self._send_last(Last(state.transfer_id, state.num_pages, job.first_token))
+            token = job.first_token if self._sends_token else None
+            self._send_last(Last(state.transfer_id, state.num_pages if self._part_bytes else 0, token))
 
     def _send_last(self, last: Last) -> None:
         num_bytes = len(msgspec.msgpack.encode(last))
@@ -220,26 +248,26 @@ class PrefillSession:
             raise TransferError(f"metadata of {num_bytes} bytes (log-probabilities) is over the limit of {limit}")
         self._send(last)
 
-    async def _summed(self, job: SendJob) -> AsyncGenerator[tuple[int, Sequence[int], list[int]], None]:
-        """Groups of pages (first index, ids, checksums), summed ahead on the copy thread. Ends early when the room is
+    async def _summed(self, job: SendJob) -> AsyncGenerator[tuple[int, Sequence[int], list[SummedPage]], None]:
+        """Groups of pages (first index, ids, pages), summed ahead on the copy thread. Ends early when the room is
         given up. When it is closed, no summing goes on."""
-        state, pages = job.room, self._context.pages.array
-        groups = _groups(len(job.page_ids), max(1, self._context.config.chunk_bytes // self._context.pages.page_bytes))
-        ahead: deque[tuple[int, Sequence[int], asyncio.Future[list[int] | None]]] = deque()
+        state = job.room
+        groups = _groups(len(job.page_ids), max(1, self._context.config.chunk_bytes // self._part_bytes))
+        ahead: deque[tuple[int, Sequence[int], asyncio.Future[list[SummedPage] | None]]] = deque()
         try:
             while True:
                 while len(ahead) <= _NUM_GROUPS_AHEAD and (group := next(groups, None)) is not None:
                     page_ids = job.page_ids[group]
-                    work = partial(checksum_pages, pages, page_ids, lambda: state.failure is not None)
+                    work = partial(sum_pages, self._part, page_ids, lambda: state.failure is not None)
                     ahead.append((job.first_page_idx + group.start, page_ids, self._context.thread.copy(work)))
                 if not ahead:
                     return
                 first_idx, page_ids, future = ahead[0]
-                sums = await future
+                pages = await future
                 ahead.popleft()
-                if sums is None:
+                if pages is None:
                     return
-                yield first_idx, page_ids, sums
+                yield first_idx, page_ids, pages
         finally:
             if ahead:
                 await asyncio.wait([future for _, _, future in ahead])
