@@ -91,17 +91,23 @@ async def test_look_up_explains_what_is_wrong() -> None:
         with pytest.raises(TransferError, match="no prefill rank has registered yet"):
             await look_up("127.0.0.1", port)
         await register("127.0.0.1", port, Registration(**ENTRY))  # type: ignore[arg-type]
-        (alone,) = await look_up("127.0.0.1", port)
+        (alone,) = (await look_up("127.0.0.1", port)).ranks
         assert (alone.rank_port, alone.slice) == (4711, None)
         for pp_rank in (1, 0):
-            entry = ENTRY | {"attn_tp_size": 2, "attn_tp_rank": 1, "pp_size": 2, "pp_rank": pp_rank, "rank_port": pp_rank}
+            entry = ENTRY | {
+                "attn_tp_size": 2,
+                "attn_tp_rank": 1,
+                "pp_size": 2,
+                "pp_rank": pp_rank,
+                "rank_port": pp_rank,
+            }
             await register("127.0.0.1", port, Registration(**entry, slice=Slice((0, 1), (1, 2))))  # type: ignore[arg-type]
         with pytest.raises(TransferError, match="only 2 of 4 prefill ranks have registered yet"):
             await look_up("127.0.0.1", port)
         for pp_rank in (0, 1):
             entry = ENTRY | {"attn_tp_size": 2, "pp_size": 2, "pp_rank": pp_rank, "rank_port": 2 + pp_rank}
             await register("127.0.0.1", port, Registration(**entry))  # type: ignore[arg-type]
-        ranks = await look_up("127.0.0.1", port)
+        ranks = (await look_up("127.0.0.1", port)).ranks
         assert [rank.rank_port for rank in ranks] == [2, 0, 3, 1], "stage after stage"
         assert ranks[1].slice == Slice((0, 1), (1, 2))
         with pytest.raises(TransferError, match="no prefill rank"):

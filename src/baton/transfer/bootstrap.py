@@ -56,8 +56,9 @@ class HoldingRank(msgspec.Struct, frozen=True):
 
 
 class PrefillRanks(msgspec.Struct, frozen=True):
-    """Answer of /ranks: the registered ranks of a dp group, stage after stage; of `size` that there are."""
+    """Answer of /ranks for one of `dp_size` dp groups: the ranks that have registered, stage after stage, of `size` that it has."""
 
+    dp_size: int
     size: int
     ranks: list[HoldingRank]
 
@@ -92,7 +93,9 @@ class _Registry:
             for key, entry in sorted(self.ranks.items())
             if key[0] == dp_group
         ]
-        return PrefillRanks((self.sizes.prefill_attn_tp_size or 0) * (self.sizes.prefill_pp_size or 0), ranks)
+        sizes = self.sizes
+        num_ranks = (sizes.prefill_attn_tp_size or 0) * (sizes.prefill_pp_size or 0)
+        return PrefillRanks(sizes.prefill_dp_size or 0, num_ranks, ranks)
 
 
 def bootstrap_app() -> Starlette:
@@ -155,8 +158,8 @@ async def register(host: str, port: int, entry: Registration) -> None:
         raise TransferError(f"bootstrap server {host}:{port} refused the registration ({status}): {_text(body)}")
 
 
-async def look_up(host: str, port: int, dp_group: int = 0) -> list[HoldingRank]:
-    """All ranks of a prefill worker. Raises OSError, or `TransferError` where some have not registered yet."""
+async def look_up(host: str, port: int, dp_group: int = 0) -> PrefillRanks:
+    """All ranks of one dp group of a prefill worker. Raises OSError, or `TransferError` where some have not registered yet."""
     status, body = await http_call("GET", host, port, f"/ranks?target_dp_group={dp_group}")
     if status == 404:
         raise TransferError(
@@ -172,7 +175,7 @@ async def look_up(host: str, port: int, dp_group: int = 0) -> list[HoldingRank]:
         raise TransferError("no prefill rank has registered yet")
     if len(answer.ranks) != answer.size:
         raise TransferError(f"only {len(answer.ranks)} of {answer.size} prefill ranks have registered yet")
-    return answer.ranks
+    return answer
 
 
 def _text(body: bytes) -> str:

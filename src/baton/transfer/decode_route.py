@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from baton.transfer.bootstrap import HoldingRank, look_up
+from baton.transfer.bootstrap import HoldingRank, PrefillRanks, look_up
 from baton.transfer.decode_rooms import DecodeRoom
 from baton.transfer.decode_session import DecodeContext, DecodeSession
 from baton.transfer.errors import TransferError
@@ -80,8 +80,11 @@ class DecodeRoute:
             log.exception("connecting failed", extra={"bootstrap_addr": self.name})
             self.drop(f"internal error: {error!r}")
 
-    async def _open_sessions(self, ranks: list[HoldingRank]) -> None:
+    async def _open_sessions(self, found: PrefillRanks) -> None:
         context = self._context
+        if found.dp_size != 1:
+            raise TransferError(f"a prefill worker with data parallelism is not supported: dp_size={found.dp_size}")
+        ranks = found.ranks
         sources = _slices(ranks, whole_slice(context.hello.layout))
         links = plan_links(sources, context.slices)
         for link in links:
