@@ -109,7 +109,8 @@ class FakeWorker:
 
     def __init__(self, role: str, fabric: Fabric | None = None, *, sends_token_ids: bool = True) -> None:
         self.key: str | None = None
-        """The `authorization` that everything but /health needs."""
+        """The `authorization` that whatever is not open needs."""
+        self.takes_aborts = True
         self.role = role
         self.fabric = fabric or Fabric()
         self.sends_token_ids = sends_token_ids
@@ -135,6 +136,47 @@ class FakeWorker:
         self.pace: Callable[[], Any] = lambda: asyncio.sleep(0)
         self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
+
+    # What another kind of worker does otherwise
+
+    async def meet(self, body: dict[str, Any], headers: dict[str, str], raw: bytes) -> dict[str, Any] | None:
+        """Hand over or take over; what the answer says of it."""
+        rooms = body.get("bootstrap_room")
+        rooms = rooms if isinstance(rooms, list) else [rooms]
+        if self.role == "prefill":
+            if self.faults.no_transfer:
+                await asyncio.Event().wait()
+            for room in rooms:
+                self.fabric.room(room).set()
+            if self.faults.no_answer:
+                await asyncio.Event().wait()
+        elif self.role == "decode":
+            for room in rooms:
+                await self.fabric.room(room).wait()
+        return None
+
+    def makes_one_token(self, body: dict[str, Any]) -> bool:
+        return self.role == "prefill"
+
+    def answer_id(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> str:
+        rid = body.get("rid") or "norid"
+        return rid if isinstance(rid, str) else rid[0].rpartition("_")[0]
+
+    def is_open(self, path: str) -> bool:
+        """Needs no key."""
+        return path == "/health"
+
+    def small_answer(self, path: str) -> tuple[int, bytes]:
+        """Of routes that neither generate nor abort."""
+        if path in ("/health_generate", "/flush_cache"):
+            return 200, b"ok"
+        if path == "/get_server_info":
+            return 200, _json({"internal_states": [{"port": self.port}], "version": "fake", **self.info})
+        if path == "/get_model_info":
+            return 200, b'{"model_path":"fake","is_generation":true}'
+        if path == "/v1/models":
+            return 200, b'{"object":"list","data":[{"id":"fake","object":"model","created":1,"owned_by":"sglang"}]}'
+        return 404, b'{"detail":"Not Found"}'
 
     @property
     def url(self) -> str:
@@ -220,7 +262,7 @@ class _Connection(asyncio.Protocol):
         path = request.url.decode()
         worker = self.worker
         worker.calls[path] += 1
-        if worker.key is not None and path != "/health" and request.headers.get("authorization") != worker.key:
+        if worker.key is not None and not worker.is_open(path) and request.headers.get("authorization") != worker.key:
             self.reply(401, b'{"error":"Unauthorized"}')
             return
         if worker.frozen:
@@ -232,28 +274,18 @@ class _Connection(asyncio.Protocol):
                 await self._generate(path, request)
             except AssertionError as error:
                 worker.violations.append(str(error))
-                raise
+                self.die()
             finally:
                 worker.running -= 1
                 self.busy = False
             return
-        if path == "/abort_request":
+        if path == "/abort_request" and worker.takes_aborts:
             worker.aborts.append(json.loads(request.body))
             self.reply(200, b"")
         elif path == "/health":
             self.reply(200 if worker.healthy else 503, b"")
-        elif path in ("/health_generate", "/flush_cache"):
-            self.reply(200, b"ok", "text/plain")
-        elif path == "/get_server_info":
-            self.reply(200, _json({"internal_states": [{"port": worker.port}], "version": "fake", **worker.info}))
-        elif path == "/get_model_info":
-            self.reply(200, b'{"model_path":"fake","is_generation":true}')
-        elif path == "/v1/models":
-            self.reply(
-                200, b'{"object":"list","data":[{"id":"fake","object":"model","created":1,"owned_by":"sglang"}]}'
-            )
         else:
-            self.reply(404, b'{"detail":"Not Found"}')
+            self.reply(*worker.small_answer(path))
 
     def write(self, data: bytes) -> None:
         if self.transport is not None:
@@ -281,26 +313,16 @@ class _Connection(asyncio.Protocol):
         if faults.queue_full_over is not None and worker.running > faults.queue_full_over:
             self.reply(503, b'{"object":"error","message":"The request queue is full.","code":503}')
             return
-        rooms = body.get("bootstrap_room")
-        rooms = rooms if isinstance(rooms, list) else [rooms]
-        if worker.role == "prefill":
-            if faults.no_transfer:
-                await asyncio.Event().wait()
-            for room in rooms:
-                worker.fabric.room(room).set()
-            if faults.no_answer:
-                await asyncio.Event().wait()
-        elif worker.role == "decode":
-            for room in rooms:
-                await worker.fabric.room(room).wait()
+        handed = await worker.meet(body, request.headers, request.body)
         answer = _Answer(worker, path, body, request.headers)
-        if worker.role == "prefill":
+        if worker.makes_one_token(body):
             answer.limit, answer.resume = 1, None
         if body.get("stream") is True:
             await self._stream(answer)
         else:
             await worker.pace()
-            self.reply(200, answer.document())
+            document = answer.document()
+            self.reply(200, document if handed is None else _json(json.loads(document) | handed))
 
     async def _stream(self, answer: "_Answer") -> None:
         worker, faults = self.worker, self.worker.faults
@@ -342,8 +364,7 @@ class _Answer:
         self.is_openai = path != "/generate"
         self.with_ids = worker.sends_token_ids and headers.get("x-baton-token-ids", "0") != "0"
         self.resume = body.get("baton_resume") if worker.sends_token_ids else None
-        rid = body.get("rid") or "norid"
-        self.rid = rid if isinstance(rid, str) else rid[0].rpartition("_")[0]
+        self.rid = worker.answer_id(path, body, headers)
         self.created = (self.resume or {}).get("created") or 1700000000 + worker.port
         self.num_choices = len(self.prompts) * self.n
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any, cast
 
@@ -130,10 +131,11 @@ class Bed:
     prefill: list[FakeWorker]
     decode: list[FakeWorker]
     regular: list[FakeWorker]
+    both: list[FakeWorker]
 
     @property
     def workers(self) -> list[FakeWorker]:
-        return [*self.prefill, *self.decode, *self.regular]
+        return [*self.prefill, *self.decode, *self.regular, *self.both]
 
     async def ask(
         self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str = "POST"
@@ -157,18 +159,24 @@ async def bed(
     prefill: int = 1,
     decode: int = 1,
     regular: int = 0,
+    both: int = 0,
     *,
     sends_token_ids: bool = True,
+    make: Callable[[str, Fabric], FakeWorker] | None = None,
     waits: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Bed]:
-    """A running router before running workers; `settings` are fields of `RouterConfig`."""
+    """A running router before running workers; `settings` are fields of `RouterConfig`. `make`: of another kind; `both`: workers
+    that are given as prefill and as decode."""
     fabric = Fabric()
-    roles = ["prefill"] * prefill + ["decode"] * decode if not regular else ["regular"] * regular
-    workers = [await FakeWorker(role, fabric, sends_token_ids=sends_token_ids).start() for role in roles]
+    roles = ["prefill"] * prefill + ["decode"] * decode + ["both"] * both if not regular else ["regular"] * regular
+    if make is None:
+        make = partial(FakeWorker, sends_token_ids=sends_token_ids)
+    workers = [await make(role, fabric).start() for role in roles]
     specs = tuple(
-        WorkerSpec(worker.url, worker.role, 9000 + index if worker.role == "prefill" else None)  # type: ignore[arg-type]
+        WorkerSpec(worker.url, role, 9000 + index if role == "prefill" else None)  # type: ignore[arg-type]
         for index, worker in enumerate(workers)
+        for role in (("prefill", "decode") if worker.role == "both" else (worker.role,))
     )
     base = RouterConfig(
         port=0, pd=not regular, workers=specs, retry=FAST_RETRY, shutdown_grace_s=0.0,
@@ -176,7 +184,8 @@ async def bed(
     )  # fmt: skip
     router = Router(replace(base, **settings), Random(7))
     await router.start()
-    found = Bed(router, fabric, *([w for w in workers if w.role == role] for role in ("prefill", "decode", "regular")))
+    by_role = ([w for w in workers if w.role == role] for role in ("prefill", "decode", "regular", "both"))
+    found = Bed(router, fabric, *by_role)
     try:
         if waits:
             await found.ready()

@@ -60,6 +60,33 @@ def test_launch_router_s_form():
     assert (config.prefill_policy, config.decode_policy) == ("cache_aware", "power_of_two")
 
 
+@pytest.mark.parametrize(
+    ("argv", "protocol", "note"),
+    [
+        (PD, None, None),
+        (["--pd-disaggregation", *PD], None, None),
+        ([*PD, "--prefill-bootstrap-ports", "9"], "sglang", None),
+        (["--prefill", "http://a:1", "9000", "--decode", "http://b:1"], "sglang", None),
+        (["--prefill", "http://a:1", "none", "--decode", "http://b:1"], None, None),
+        (["--vllm-pd-disaggregation", *PD, "--kv-connector", "nixl"], "vllm", None),
+        (["--vllm-pd-disaggregation"], "vllm", None),
+        (["--vllm-pd-disaggregation", *PD, "--prefill-bootstrap-ports", "9"], "vllm", "bootstrap ports"),
+        ([*PD, "--kv-connector", "nixl"], None, "--kv-connector"),
+        ([*PD, "--disable-health-check"], None, "--disable-health-check"),
+    ],
+)
+def test_the_hand_over_protocol(argv, protocol, note):
+    config, notes = parse_args(argv)
+    assert config.pd
+    assert config.pd_protocol == protocol
+    assert [one.startswith(note) for one in notes] == ([True] if note else [])
+
+
+def test_one_url_may_be_prefill_and_decode():
+    both = ["--prefill", "http://a:1", "http://b:1", "--decode", "http://b:1/", "http://a:1"]
+    assert [worker.role for worker in specs(both)] == ["prefill", "prefill", "decode", "decode"]
+
+
 def test_worker_urls_are_regular():
     config, _ = parse_args(["--worker-urls", "http://a:1", "http://b:1", "--policy", "po2"], LAUNCH_ROUTER)
     assert not config.pd
@@ -128,6 +155,10 @@ def test_a_tokenizer_and_endpoints_for_kv_events(tmp_path):
         (["--decode", "http://a:1/v1"], "must have no path"),
         (["--decode", "http://a:1", "http://a:1"], "given already"),
         (["--decode", "http://a:x"], "--decode"),
+        (["--prefill", "http://a:1", "9", "--decode", "http://a:1"], "only vLLM's workers can be both"),
+        (["--vllm-pd-disaggregation", "--worker-urls", "http://a:1"], "cannot be combined"),
+        (["--vllm-pd-disaggregation", "--kv-connector", "mooncake"], "--kv-connector: invalid choice"),
+        (["--vllm-discovery-address", "0.0.0.0:1"], "given by URL"),
         (["--worker-urls", "http://a:1", "--decode", "http://b:1"], "cannot be combined"),
         (["--prefill", "http://a:1", "9000", "--prefill-bootstrap-ports", "1"], "cannot be combined"),
         (["--retry-max-retries", "-1"], "--retry-max-retries must be at least 0"),

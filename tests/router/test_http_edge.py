@@ -212,7 +212,7 @@ async def test_a_slow_reader_holds_the_worker_back():
         )
         await eventually(lambda: b.router.core.exchanges)
         (exchange,) = b.router.core.exchanges
-        await eventually(lambda: exchange._attempt is not None and exchange._attempt.decode.connection._paused)
+        await eventually(lambda: exchange.attempt is not None and exchange.attempt.decode.connection._paused)
         client.transport.resume_reading()
         reply = await client.reply()
         assert len(reply.events) == 301

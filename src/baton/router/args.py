@@ -1,4 +1,4 @@
-"""Command line of the router: the flags of SGLang's mini_lb and of sglang_router.launch_router, as a `RouterConfig`.
+"""Command line of the router: the flags of SGLang's mini_lb, of sglang_router.launch_router and of vllm-router, as a `RouterConfig`.
 
 One parser serves three programs that differ in defaults only (`Flavour`). Unknown flags are errors that name the nearest
 known one; flags that are taken for compatibility but do nothing here are returned as notes, to be said once at start.
@@ -19,6 +19,7 @@ from baton.router.config import (
     HealthConfig,
     KvSource,
     LimitsConfig,
+    PdProtocol,
     PolicyName,
     RetryConfig,
     RouterConfig,
@@ -60,6 +61,7 @@ _NO_EFFECT_VALUES = (
 _NO_EFFECT_LISTS = ("--cors-allowed-origins",)
 _UNSUPPORTED = {
     "--service-discovery": "workers are given by URL (--prefill, --decode, --worker-urls) or added with POST /workers",
+    "--vllm-discovery-address": "workers are given by URL; connectors that meet by addresses in request ids (P2pNccl) are not spoken to",
     "--tls-cert-path": "the router speaks plain HTTP; put TLS in front of it",
     "--tls-key-path": "the router speaks plain HTTP; put TLS in front of it",
     "--client-cert-path": "workers are spoken to over plain HTTP",
@@ -69,6 +71,7 @@ _UNSUPPORTED = {
 }
 _UNSUPPORTED_PREFIXES = {
     "--service-discovery-": _UNSUPPORTED["--service-discovery"],
+    "--intra-node-data-parallel-size": "a worker is one URL; its engines are its own to balance",
     "--selector": _UNSUPPORTED["--service-discovery"],
     "--prefill-selector": _UNSUPPORTED["--service-discovery"],
     "--decode-selector": _UNSUPPORTED["--service-discovery"],
@@ -152,11 +155,8 @@ def build_parser(flavour: Flavour) -> _Parser:
 def _add_kv_event_flags(parser: _Parser) -> None:
     add = parser.add_argument
     add("--tokenizer-path", metavar="DIR", help="the workers' tokenizer: places text prompts by the workers' KV events")
-    add(
-        "--model-path",
-        metavar="DIR",
-        help="the workers' model; its tokenizer is used where --tokenizer-path is not given",
-    )
+    add("--model-path", metavar="DIR",
+        help="the workers' model; its tokenizer is used where --tokenizer-path is not given")  # fmt: skip
     add("--chat-template", metavar="FILE", help="Jinja file, as the workers have it; none: the tokenizer's own")
     add("--kv-events-endpoint", nargs="+", action="extend", default=[], metavar="WORKER=ENDPOINT[,REPLAY]",
         help="where a worker that does not tell by itself publishes its KV events, as http://w:8000=tcp://w:5557")  # fmt: skip
@@ -167,6 +167,9 @@ def _add_worker_flags(parser: _Parser, flavour: Flavour) -> None:
     add = parser.add_argument
     choices = list(_POLICY_NAMES)
     add("--pd-disaggregation", action="store_true", help="implied by --prefill and --decode")
+    add("--vllm-pd-disaggregation", action="store_true",
+        help="hand over by vLLM's protocol (kv_transfer_params); a bootstrap port says SGLang's; else as the workers speak")  # fmt: skip
+    add("--kv-connector", choices=["nixl"], help="vLLM's connectors whose prefill answers with kv_transfer_params")
     add("--prefill", nargs="+", action="append", default=[], metavar="URL", help="URL [BOOTSTRAP_PORT|none] ...")
     add("--decode", nargs="+", action="append", default=[], metavar="URL")
     add("--prefill-bootstrap-ports", nargs="+", type=int, metavar="PORT", help="one for all, or one per --prefill URL")
@@ -200,6 +203,7 @@ def parse_args(argv: Sequence[str], flavour: Flavour = BATON) -> tuple[RouterCon
         host=args.host,
         port=args.port,
         pd=is_pd,
+        pd_protocol=_protocol(parser, args, workers),
         workers=workers,
         prefill_policy=_POLICY_NAMES[args.prefill_policy] if args.prefill_policy else policy,
         decode_policy=_POLICY_NAMES[args.decode_policy] if args.decode_policy else policy,
@@ -238,30 +242,42 @@ def parse_args(argv: Sequence[str], flavour: Flavour = BATON) -> tuple[RouterCon
         log_level=args.log_level,
         access_log=args.access_log,
     )  # fmt: skip
-    return config, _notes(args, has_tokenizer=config.tokenizer is not None)
+    return config, _notes(args, config)
 
 
 def _workers(parser: _Parser, args: argparse.Namespace) -> tuple[tuple[WorkerSpec, ...], bool]:
     prefill = _prefill_specs(parser, args)
     decode = [WorkerSpec(url, "decode") for group in args.decode for url in group]
-    is_pd = bool(args.pd_disaggregation or prefill or decode)
+    is_pd = bool(args.pd_disaggregation or args.vllm_pd_disaggregation or prefill or decode)
     if is_pd and args.worker_urls:
-        parser.error("--worker-urls cannot be combined with --prefill, --decode or --pd-disaggregation")
+        parser.error("--worker-urls cannot be combined with --prefill, --decode or --[vllm-]pd-disaggregation")
     specs = [*prefill, *decode, *(WorkerSpec(url, "regular") for url in args.worker_urls)]
-    seen: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
     for spec in specs:
         flag = {"regular": "--worker-urls"}.get(spec.role, f"--{spec.role}")
         try:
             url = parse_url(spec.url)[0]
         except ValueError as error:
             parser.error(f"{flag}: {error}")
-        if url in seen:
-            parser.error(f"{flag}: worker {url} was given already ({seen[url]})")
-        seen[url] = flag
-    if not specs and not args.pd_disaggregation:
+        if (url, spec.role) in seen:  # once as prefill and once as decode is vLLM's kv_both
+            parser.error(f"{flag}: worker {url} was given already")
+        seen.add((url, spec.role))
+    if not specs:
         # Neither kind was named: a router whose workers register later. PD is what SGLang's mini_lb would be.
         is_pd = True
     return tuple(specs), is_pd
+
+
+def _protocol(parser: _Parser, args: argparse.Namespace, workers: Sequence[WorkerSpec]) -> PdProtocol | None:
+    """As the flags say; a bootstrap port is SGLang's."""
+    if args.vllm_pd_disaggregation:
+        return "vllm"
+    if all(worker.bootstrap_port is None for worker in workers):
+        return None
+    prefill, decode = ({parse_url(one.url)[0] for one in workers if one.role == role} for role in ("prefill", "decode"))
+    for url in prefill & decode:
+        parser.error(f"--decode: worker {url} was given already (--prefill); only vLLM's workers can be both")
+    return "sglang"
 
 
 def _prefill_specs(parser: _Parser, args: argparse.Namespace) -> list[WorkerSpec]:
@@ -355,8 +371,16 @@ def _check_numbers(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error("--max-concurrent-requests must be at least 1, or -1 for no limit")
 
 
-def _notes(args: argparse.Namespace, *, has_tokenizer: bool) -> list[str]:
+def _notes(args: argparse.Namespace, config: RouterConfig) -> list[str]:
     notes: list[str] = []
+    if config.pd_protocol == "vllm" and any(worker.bootstrap_port is not None for worker in config.workers):
+        notes.append("bootstrap ports have no effect with --vllm-pd-disaggregation")
+    if args.kv_connector is not None and config.pd_protocol != "vllm":
+        notes.append("--kv-connector has no effect without --vllm-pd-disaggregation")
+    if args.disable_health_check and config.pd and config.pd_protocol is None:
+        notes.append(
+            "--disable-health-check: workers are not asked what they speak; SGLang's hand-over protocol is used"
+        )
     for flag in (*_NO_EFFECT_FLAGS, *_NO_EFFECT_VALUES, *_NO_EFFECT_LISTS, "--backend"):
         if getattr(args, flag[2:].replace("-", "_")) not in (None, False):
             notes.append(f"{flag} has no effect in this router")
@@ -366,7 +390,7 @@ def _notes(args: argparse.Namespace, *, has_tokenizer: bool) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if "cache_aware" not in policies:
             notes.append(f"{flag} has no effect: no policy is cache_aware")
-        elif not has_tokenizer:
+        elif config.tokenizer is None:
             notes.append(f"{flag} has no effect: there is no tokenizer.json in --model-path, so text is placed by text")
     if args.kv_events_endpoint and "cache_aware" not in policies:
         notes.append("--kv-events-endpoint has no effect: no policy is cache_aware")

@@ -1,4 +1,4 @@
-"""One try of one request on one pair (or one regular worker): two concurrent exchanges, one outcome.
+"""One try of one request: two concurrent exchanges with a pair, or one with one worker, and one outcome.
 
 `outcome` is set exactly once: an `Answer` of the decode worker, `STREAMED`, or a `Failure`. Whoever holds the attempt
 calls `abandon` when it is given up; that closes what is still open and tells both workers to abort. Decisions about
@@ -55,9 +55,9 @@ class Side:
             self.worker.active -= 1
 
     def failure(self, kind: Kind, message: str, event: bytes = b"") -> Failure:
-        peer = self.attempt.decode if self is self.attempt.prefill else self.attempt.prefill
-        peer_url = peer.worker.url if peer is not None else ""
-        return Failure(kind, self.worker.role, self.worker.url, message, peer_url=peer_url, event=event)
+        return Failure(
+            kind, self.worker.role, self.worker.url, message, peer_url=self.attempt.peer_url(self), event=event
+        )
 
     def status_failure(self) -> Failure:
         body = b"".join(self.body)
@@ -124,7 +124,7 @@ class PrefillSide(Side):
 
 
 class DecodeSide(Side):
-    """Its answer is the client's."""
+    """Its answer is the attempt's."""
 
     __slots__ = ("is_sse",)
 
@@ -196,6 +196,7 @@ class Attempt:
         "answer",
         "decode",
         "decode_began",
+        "held",
         "merger",
         "outcome",
         "prefill",
@@ -215,6 +216,7 @@ class Attempt:
         relay: StreamRelay | None,
         wants_logprobs: bool,
         abort: Callable[[Worker, str | list[str]], None],
+        held: Worker | None = None,
     ) -> None:
         self._loop = loop
         self._sink = sink
@@ -234,6 +236,10 @@ class Attempt:
         self.answer: Answer | None = None
         self.tail_timer: asyncio.TimerHandle | None = None
         self.outcome: asyncio.Future[Outcome] = loop.create_future()
+        self.held = held
+        """A prefill worker that has answered and keeps the KV until decode begins: load, and a loss if it stops answering."""
+        if held is not None:
+            held.active += 1
 
     def start(
         self,
@@ -243,7 +249,7 @@ class Attempt:
         head: bytes,
         body: bytes,
     ) -> None:
-        """Send the same request to both. `path` like `POST /generate`; `head`: header lines and the blank line."""
+        """Send the same request to all there are. `path` like `POST /generate`; `head`: header lines and the blank line."""
         if prefill is not None:
             self.prefill_done = False
             self.prefill = PrefillSide(self, *prefill)
@@ -265,6 +271,7 @@ class Attempt:
             self._sink.write_events(events)
         else:
             self.decode_began = True
+            self._release_held()
             assert self.decode is not None
             self._sink.begin_stream(self.decode.headers, events)
 
@@ -293,11 +300,28 @@ class Attempt:
             if self._unmerged and self.relay is not None:
                 self.relay.forfeit()
             self.abandon()
-        elif self.prefill is not None and self.prefill.is_open:
+            return
+        self._release_held()
+        if self.prefill is not None and self.prefill.is_open:
             self.tail_timer = self._loop.call_later(PREFILL_TAIL_S, self.abandon)
+
+    def _release_held(self) -> Worker | None:
+        held, self.held = self.held, None
+        if held is not None:
+            held.active -= 1
+        return held
+
+    def peer_url(self, side: Side) -> str:
+        """The other worker of the pair."""
+        if self.held is not None:
+            return self.held.url
+        peer = self.decode if side is self.prefill else self.prefill
+        return peer.worker.url if peer is not None else ""
 
     def progress_on(self, worker: Worker) -> int | None:
         """A number that grows while `worker` works for this attempt; None: it does not."""
+        if worker is self.held and self.relay is not None:  # without a stream nobody sees when decode has it all
+            return 0
         for side in (self.decode, self.prefill):
             if side is not None and side.is_open and side.worker is worker:
                 return side.num_reads
@@ -305,6 +329,11 @@ class Attempt:
 
     def give_up_on(self, worker: Worker, reason: str) -> None:
         """`worker` is known to be stuck: as if its connection had been lost."""
+        if worker is self.held:
+            peer_url = self.decode.worker.url if self.decode is not None else ""
+            self.settle(
+                Failure("lost", worker.role, worker.url, f"prefill worker {worker.url}: {reason}", peer_url=peer_url)
+            )
         for side in (self.decode, self.prefill):
             if side is not None and side.is_open and side.worker is worker and not self.outcome.done():
                 if side is self.prefill and self.decode_began:
@@ -318,6 +347,8 @@ class Attempt:
                 side.shut()
                 side.connection.close()
                 self._abort(side.worker, self.rid)
+        if (held := self._release_held()) is not None:
+            self._abort(held, self.rid)
 
     @property
     def is_unfinished(self) -> bool:
@@ -326,7 +357,9 @@ class Attempt:
 
     def waiting_for(self) -> str:
         """The stage this attempt is in, for time-out errors."""
-        return "prefill" if self.prefill is not None and self.prefill.is_open and not self.decode_began else "decode"
+        if self.prefill is not None and self.prefill.is_open and not self.decode_began:
+            return "prefill"
+        return "prefill" if self.decode is not None and self.decode.worker.role == "prefill" else "decode"
 
     def pause(self) -> None:
         if self.decode is not None and self.decode.is_open:

@@ -26,6 +26,8 @@ class RequestView(msgspec.Struct):
     stream: msgspec.Raw = _RAW_EMPTY
     return_logprob: msgspec.Raw = _RAW_EMPTY
     rid: msgspec.Raw = _RAW_EMPTY
+    request_id: msgspec.Raw = _RAW_EMPTY
+    kv_transfer_params: msgspec.Raw = _RAW_EMPTY
     n: msgspec.Raw = _RAW_EMPTY
     sampling_params: msgspec.Raw = _RAW_EMPTY
     stream_options: msgspec.Raw = _RAW_EMPTY
@@ -44,6 +46,11 @@ class RequestView(msgspec.Struct):
         """A last chunk with the usage is expected in the stream (OpenAI routes)."""
         options = msgspec.json.decode(self.stream_options) if self.stream_options else None
         return isinstance(options, dict) and options.get("include_usage") is True
+
+    @property
+    def names_peers(self) -> bool:
+        """The client says from whom a worker is to take KV."""
+        return bytes(self.kv_transfer_params) not in (b"", b"null")
 
     @property
     def cache_key(self) -> bytes:

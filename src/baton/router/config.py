@@ -8,6 +8,8 @@ DURATION_BUCKETS_S = (
 )  # fmt: skip
 PolicyName = Literal["random", "round_robin", "power_of_two", "cache_aware"]
 Role = Literal["prefill", "decode", "regular"]
+PdProtocol = Literal["sglang", "vllm"]
+"""How prefill hands over to decode: both asked at once (bootstrap rooms), or one after the other (kv_transfer_params)."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class RouterConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     pd: bool = True
+    pd_protocol: PdProtocol | None = None
+    """None: that of the first worker that is healthy (`dialects`)."""
     workers: tuple[WorkerSpec, ...] = ()
     prefill_policy: PolicyName = "cache_aware"
     decode_policy: PolicyName = "cache_aware"

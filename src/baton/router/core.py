@@ -15,7 +15,7 @@ import msgspec
 from baton.protocol.errors import RequestError
 from baton.router.admission import Admission
 from baton.router.body import RequestView
-from baton.router.config import RouterConfig
+from baton.router.config import PdProtocol, RouterConfig
 from baton.router.errors import router_error
 from baton.router.kv_index import Prompt
 from baton.router.metrics import Metrics
@@ -53,6 +53,8 @@ class Core:
             for role in (("prefill", "decode") if config.pd else ("regular",))
         }
         self.registry = Registry(policies, config.breaker, config.limits.connect_timeout_s)  # type: ignore[arg-type]
+        self.protocol: PdProtocol | None = config.pd_protocol
+        """None: no worker was healthy yet."""
         self._kv_indexes = [policy.index for policy in policies.values() if isinstance(policy, CacheAware)]
         self.wake: Callable[[Worker], None] = lambda worker: None
         self.prompts = open_prompt_reader(config.tokenizer, config.chat_template)
@@ -78,7 +80,11 @@ class Core:
             worker = self.registry.pick("regular", key, exclude, now_s, prompt)
             return (None, worker) if worker is not None else None
         prefill = self.registry.pick("prefill", key, exclude, now_s, prompt)
-        decode = self.registry.pick("decode", key, exclude, now_s, prompt) if prefill is not None else None
+        if prefill is None:
+            return None
+        if prefill.is_both:  # two servers where there are two: a hand-over to oneself is none
+            exclude = {*exclude, prefill.url}
+        decode = self.registry.pick("decode", key, exclude, now_s, prompt)
         return (prefill, decode) if decode is not None else None
 
     def who_is_missing(self) -> str:
@@ -118,15 +124,16 @@ class Core:
     def on_failure(self, failure: Failure, blamed: bool) -> None:
         result = str(failure.answer.status) if failure.answer is not None else failure.kind
         self.metrics.upstream_responses[failure.role, failure.url, result] += 1
-        worker = self.registry.find(failure.url)
+        worker = self.registry.of_role(failure.url, failure.role)
         if worker is None:
             return
         if blamed:
             worker.breaker.on_failure(self.loop.time())
         if failure.kind == "stale" or failure.is_worker_lost:
             self.wake(worker)
-        if failure.is_peer_lost and failure.peer_url and (peer := self.registry.find(failure.peer_url)) is not None:
-            self.wake(peer)
+        if failure.is_peer_lost and failure.peer_url:
+            for peer in self.registry.find(failure.peer_url):
+                self.wake(peer)
 
     def on_exchange_end(self, exchange: "Exchange", request: "Request", status: int, streamed: bool) -> None:
         duration_s = self.loop.time() - request.received_s
@@ -174,6 +181,8 @@ class Core:
 
     def abort(self, worker: Worker, rid: str | list[str], authorization: bytes) -> None:
         """Tell a worker, without waiting, that a request is given up. A batch's ids are sent one by one."""
+        if not worker.software.takes_aborts:
+            return
         self.metrics.aborts += 1
         task = self.loop.create_task(self._abort(worker, rid, authorization), name=f"abort at {worker.url}")
         self._calls.add(task)
@@ -209,12 +218,13 @@ class Core:
 
         async def one(worker: Worker) -> Answer | str:
             try:
-                return await self.call(worker, method, path, timeout_s, body, authorization)
+                return await self.call(worker, method, worker.software.path(path), timeout_s, body, authorization)
             except TimeoutError:
                 return f"no answer within {timeout_s:g} s"
             except OSError as error:
                 return str(error) or type(error).__name__
 
-        targets = self.registry.all() if workers is None else workers
+        known = self.registry.all() if workers is None else workers
+        targets = list({worker.url: worker for worker in known}.values())
         answers: list[Any] = await asyncio.gather(*(one(worker) for worker in targets))
         return {worker.url: answer for worker, answer in zip(targets, answers, strict=True)}

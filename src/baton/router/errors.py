@@ -18,6 +18,7 @@ TYPE_BY_STATUS = {
     431: "HeadersTooLargeError",
     499: "ClientClosedRequest",
     500: "InternalServerError",
+    501: "NotImplementedError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",

@@ -2,7 +2,7 @@
 
 Everything that happens to a request passes through here, and every request ends in exactly one of: the worker's answer,
 an error of the router, or silence to a client that has left. `attempt` does one try; `retry` decides whether another
-helps; `relay` keeps what a broken stream needs to go on.
+helps; `relay` keeps what a broken stream needs to go on; `dispatch` knows what each worker is sent.
 """
 
 import asyncio
@@ -10,22 +10,22 @@ import logging
 from typing import Literal
 
 from baton.protocol.errors import ABORTED_CODE, ErrorInfo, RequestError, Stage
-from baton.protocol.hops import TIMEOUT_HEADER, TOKEN_IDS_HEADER
+from baton.protocol.hops import STAGE_HEADER, TIMEOUT_HEADER
 from baton.router import body as bodies
 from baton.router.attempt import Attempt
 from baton.router.core import Core
+from baton.router.dispatch import Dispatch
 from baton.router.downstream import Request
 from baton.router.errors import error_body, router_error
-from baton.router.httpbytes import JSON_TYPE, forwarded, passed_on
+from baton.router.httpbytes import JSON_TYPE, header, passed_on
 from baton.router.kv_index import Prompt
-from baton.router.relay import DONE_EVENT, StreamRelay
+from baton.router.relay import DONE_EVENT
 from baton.router.retry import Answer, Failure, RetryState, backoff_s, blames, hold_s, next_try_s
-from baton.router.upstream import Upstream
 from baton.router.workers import Worker
 
 log = logging.getLogger("baton.router")
 _TIMEOUT_HEADER = TIMEOUT_HEADER.encode()
-_TOKEN_IDS_LINE = TOKEN_IDS_HEADER.encode() + b": 1\r\n"
+_STAGE_HEADER = STAGE_HEADER.encode()
 MAX_LOOK_AGAIN_S = 0.25
 """How long a request that waits for a pair may miss one that is there."""
 
@@ -37,21 +37,15 @@ class Exchange:
         self._core = core
         self._request = request
         self._loop = core.loop
-        self._attempt: Attempt | None = None
         self._view = bodies.RequestView()
-        self._relay: StreamRelay | None = None
+        self._dispatch: Dispatch | None = None
         self._state = RetryState()
         self._began = False
         self._ended_by: Literal["", "client", "deadline", "abort", "shutdown"] = ""
-        self._batch_size: int | None = None
         self._prompt: Prompt | None = None
-        self._first_rid: str | list[str] = ""
         self._deadline_s = request.received_s + core.config.request_timeout_s
-        self._tries = 0
-        self._resume_fields = b""
         self._task: asyncio.Task[None] | None = None
         self.status = 0
-        self.pair = ""
 
     def start(self) -> None:
         self._task = self._loop.create_task(self._run())
@@ -62,17 +56,23 @@ class Exchange:
         self._end("client")
 
     def pause(self) -> None:
-        if self._attempt is not None:
-            self._attempt.pause()
+        if (attempt := self.attempt) is not None:
+            attempt.pause()
 
     def resume(self) -> None:
-        if self._attempt is not None:
-            self._attempt.resume()
+        if (attempt := self.attempt) is not None:
+            attempt.resume()
 
     @property
     def attempt(self) -> Attempt | None:
         """The try that is on its way, if any."""
-        return self._attempt if self._attempt is not None and self._attempt.is_unfinished else None
+        attempt = self._dispatch.attempt if self._dispatch is not None else None
+        return attempt if attempt is not None and attempt.is_unfinished else None
+
+    @property
+    def pair(self) -> str:
+        """The workers of the last try."""
+        return self._dispatch.pair if self._dispatch is not None else ""
 
     def abort(self) -> None:
         """The request is aborted by its rid (`/abort_request`)."""
@@ -83,7 +83,7 @@ class Exchange:
         self._end("shutdown")
 
     def rid_starts_with(self, prefix: str) -> bool:
-        rid = self._first_rid
+        rid = self._dispatch.first_rid if self._dispatch is not None else ""
         return rid.startswith(prefix) if isinstance(rid, str) else any(item.startswith(prefix) for item in rid)
 
     def _end(self, why: Literal["client", "deadline", "abort", "shutdown"]) -> None:
@@ -115,8 +115,8 @@ class Exchange:
         finally:
             if timer is not None:
                 timer.cancel()
-            if self._attempt is not None and self._attempt.is_unfinished:
-                self._attempt.abandon()
+            if self._dispatch is not None:
+                self._dispatch.abandon()
             if self._prompt is not None:
                 self._prompt.release()
             if admitted:
@@ -134,21 +134,23 @@ class Exchange:
             if not 0 < seconds < 1e9:
                 raise router_error(400, f"{TIMEOUT_HEADER} must be a positive number of seconds.", param=TIMEOUT_HEADER)
             self._deadline_s = min(self._deadline_s, request.received_s + seconds)
-        view = self._view = bodies.parse_body(request.body)
-        self._batch_size = view.batch_size()
-        if view.rid and (rid := bodies.client_rids(view)) is not None:
-            self._first_rid = rid
-        else:
-            self._first_rid = request.request_id if request.request_id_is_ours else self._core.new_id()
-        if view.is_stream:
-            self._relay = StreamRelay()
+        self._view = bodies.parse_body(request.body)
+        if self._core.config.pd and self._view.names_peers:
+            message = "kv_transfer_params is set by the router: whom a worker meets is not for clients to say."
+            raise router_error(400, message, param="kv_transfer_params")
+        self._dispatch = Dispatch(self._core, request, self._view, self, self._deadline_s)
 
     async def _serve(self) -> None:
-        if self._core.wants_prompts and self._batch_size is None:
-            self._prompt = await self._core.prompts.read(self._view, self._request.body)
+        core, dispatch = self._core, self._dispatch
+        assert dispatch is not None
+        if core.wants_prompts and dispatch.batch_size is None:
+            self._prompt = await core.prompts.read(self._view, self._request.body)
         while True:
             prefill, decode = await self._pick()
-            outcome = await self._try(prefill, decode)
+            if prefill is not None and core.protocol == "vllm" and self._request.path == b"/generate":
+                message = "/generate is SGLang's: this router's workers speak vLLM's protocol; use /v1/completions."
+                raise router_error(501, message)
+            outcome = await dispatch.send(prefill, decode, has_begun=self._began)
             if isinstance(outcome, Answer):
                 self._respond(outcome)
                 return
@@ -181,81 +183,6 @@ class Exchange:
         state.had_pair = True
         return pair
 
-    async def _try(self, prefill: Worker | None, decode: Worker) -> Answer | Failure | str:
-        core = self._core
-        connections: list[Upstream] = []
-        for worker in (prefill, decode):
-            if worker is None:
-                continue
-            connection = worker.pool.get_idle()
-            if connection is None:
-                try:
-                    connection = await worker.pool.connect()
-                except (OSError, TimeoutError) as error:
-                    for opened in connections:
-                        opened.close()
-                    reason = str(error) or "connection timed out"
-                    core.on_connect_failure(worker, reason)
-                    return Failure("connect", worker.role, worker.url, f"{worker.role} worker {worker.url}: {reason}")
-                except asyncio.CancelledError:
-                    for opened in connections:
-                        opened.close()
-                    raise
-            connections.append(connection)
-        self._attempt = attempt = self._new_attempt(prefill is not None)
-        self.pair = f"{prefill.url},{decode.url}" if prefill is not None else decode.url
-        body = self._body_for(prefill)
-        path = b"POST " + self._request.path
-        head = self._head(len(body))
-        if prefill is not None:
-            attempt.start((prefill, connections[0]), (decode, connections[1]), path, head, body)
-        else:
-            attempt.start(None, (decode, connections[0]), path, head, body)
-        return await attempt.outcome
-
-    def _new_attempt(self, is_pd: bool) -> Attempt:
-        rid = self._first_rid
-        if self._tries:  # the first pair may still hold the old one: never the same id, never one a prefix of the other
-            tag = f"{self._core.new_id()[:16]}-"
-            rid = tag + rid if isinstance(rid, str) else [tag + item for item in rid]
-            if self._relay is not None:
-                if not self._began:
-                    self._relay = StreamRelay()
-                self._relay.next_worker(tag)
-        self._tries += 1
-        merges = is_pd and self._view.wants_logprobs and self._request.path == b"/generate"
-        return Attempt(self._loop, self, rid, self._relay, merges, self._abort)
-
-    def _abort(self, worker: Worker, rid: str | list[str]) -> None:
-        self._core.abort(worker, rid, self._core.authorization_for(self._request))
-
-    def _body_for(self, prefill: Worker | None) -> bytes:
-        attempt = self._attempt
-        assert attempt is not None
-        fields = bodies.rid_field(attempt.rid, self._batch_size)
-        if prefill is not None:
-            rooms = [self._core.new_room() for _ in range(self._batch_size or 1)]
-            host, port = prefill.bootstrap_host, prefill.bootstrap_port
-            fields += b"," + bodies.bootstrap_fields(host, port, rooms, self._batch_size)
-        if self._resume_fields:
-            fields += b"," + self._resume_fields
-        return bodies.splice(self._request.body, fields)
-
-    def _head(self, length: int) -> bytes:
-        request = self._request
-        content_type = request.headers.get(b"content-type", b"")
-        return b"".join(
-            (
-                b"content-type: %b\r\n" % content_type if content_type else b"",
-                b"content-length: %d\r\nx-request-id: %b\r\n%b: %.3f\r\n"
-                % (length, request.request_id.encode(), _TIMEOUT_HEADER, self._deadline_s - self._loop.time()),
-                _TOKEN_IDS_LINE if self._relay is not None else b"",
-                forwarded(request.headers),
-                self._core.authorization if b"authorization" not in request.headers else b"",
-                b"\r\n",
-            )
-        )
-
     # After a failed try
 
     def _learn(self, failure: Failure) -> float | None:
@@ -278,18 +205,19 @@ class Exchange:
 
     def _prepare_migration(self, failure: Failure) -> bool:
         """Whether the begun stream can go on elsewhere; sets what the next worker gets."""
-        relay, state, config = self._relay, self._state, self._core.config.retry
+        dispatch, state, config = self._dispatch, self._state, self._core.config.retry
+        assert dispatch is not None
+        relay, attempt = dispatch.relay, dispatch.attempt
         assert relay is not None
-        assert self._attempt is not None
-        if self._attempt.decode_began:
-            self._attempt.decode_began = False  # a failed connect leaves this attempt in place: look at it once
+        assert attempt is not None
+        if attempt.decode_began:
+            attempt.decode_began = False  # a failed connect leaves this attempt in place: look at it once
             num_choices = self._view.num_choices()
             if not relay.can_resume() or not failure.can_retry or state.migrations >= config.migration_limit:
                 return False
             if relay.all_finished(num_choices) and not self._view.wants_usage:
                 return False
-            resume = relay.resume(num_choices)
-            self._resume_fields = bodies.resume_field(resume) if resume is not None else b""
+            dispatch.resume = relay.resume(num_choices)
             state.migrations += 1
             self._core.metrics.migrations["started"] += 1
             log.warning(
@@ -301,18 +229,17 @@ class Exchange:
         if self._began:
             self._end_broken_stream(failure)
         elif failure.answer is not None:
-            self._respond(failure.answer)
+            self._respond(_with_stage(failure.answer, failure.role))
         elif failure.kind == "event":
             self._respond_event(failure)
         else:
             status = 503 if failure.kind == "connect" else 502
             stage: Stage = "prefill" if failure.role == "prefill" else "decode"
-            self._answer_error(
-                router_error(status, failure.message, kind="worker_lost", stage=stage, retryable=True).info
-            )
+            kind = "no_handover" if failure.kind == "handover" else "worker_lost"
+            self._answer_error(router_error(status, failure.message, kind=kind, stage=stage, retryable=True).info)
 
     def _end_broken_stream(self, failure: Failure) -> None:
-        relay, connection = self._relay, self._request.connection
+        relay, connection = self._dispatch.relay if self._dispatch is not None else None, self._request.connection
         assert relay is not None
         if failure.kind == "lost" and relay.all_finished(self._view.num_choices()) and not self._view.wants_usage:
             connection.write(DONE_EVENT)
@@ -373,8 +300,8 @@ class Exchange:
     def _cancelled(self) -> None:
         """Ended from outside: by the client's leaving, the deadline, an abort, or the router's own end."""
         stage: Stage = "router"
-        if self._attempt is not None and self._attempt.is_unfinished:
-            stage = "prefill" if self._attempt.waiting_for() == "prefill" else "decode"
+        if (attempt := self.attempt) is not None:
+            stage = "prefill" if attempt.waiting_for() == "prefill" else "decode"
         if self._ended_by == "client":
             self.status = ABORTED_CODE
         elif self._ended_by == "deadline":
@@ -386,3 +313,10 @@ class Exchange:
         else:
             message = "The router is shutting down."
             self._answer_error(router_error(503, message, kind="shutting_down", retryable=True).info)
+
+
+def _with_stage(answer: Answer, stage: str) -> Answer:
+    """A worker's error answer, which says whose it is where the worker did not."""
+    if header(answer.headers, _STAGE_HEADER):
+        return answer
+    return answer._replace(headers=[*answer.headers, (_STAGE_HEADER, stage.encode())])

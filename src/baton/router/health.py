@@ -10,6 +10,7 @@ import logging
 
 from baton.router.attempt import Attempt
 from baton.router.core import Core
+from baton.router.dialects import identify, settle_protocol
 from baton.router.workers import Worker
 
 _SILENT = " does not answer"
@@ -82,6 +83,12 @@ class HealthChecker:
         config = self._core.config.health
         try:
             answer = await self._core.call(worker, b"GET", config.endpoint.encode(), config.timeout_s)
+            if answer.status == 200 and not worker.healthy and self._core.config.pd:
+                worker.software = await identify(self._core, worker)
+                misfit = settle_protocol(self._core, worker)
+                if misfit and misfit != worker.problem:
+                    log.error("worker is refused worker=%s role=%s reason=%r", worker.url, worker.role, misfit)
+                return misfit, True
         except TimeoutError:
             return f"{config.endpoint}{_SILENT}", False
         except OSError as error:

@@ -54,8 +54,8 @@ class KvFeeds:
         self._core = core
         self._context = zmq.asyncio.Context()
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
-        self._feeds: dict[str, Feed] = {}
-        self._wakes: dict[str, asyncio.Event] = {}
+        self._feeds: dict[Worker, Feed] = {}
+        self._wakes: dict[Worker, asyncio.Event] = {}
         for policy in core.registry.policies.values():
             if isinstance(policy, CacheAware):
                 policy.on_forget = self._on_forget
@@ -63,16 +63,16 @@ class KvFeeds:
     def watch(self, worker: Worker) -> None:
         policy = self._core.registry.policies[worker.role]
         if isinstance(policy, CacheAware):
-            self._wakes[worker.url] = asyncio.Event()
+            self._wakes[worker] = asyncio.Event()
             task = self._core.loop.create_task(self._follow(worker, policy), name=f"kv events of {worker.url}")
             self._tasks[worker] = task
 
     async def forget(self, worker: Worker) -> None:
-        self._wakes.pop(worker.url, None)
+        self._wakes.pop(worker, None)
         if (task := self._tasks.pop(worker, None)) is not None:
             task.cancel()
             await asyncio.wait([task])
-            self._feeds.pop(worker.url, None)
+            self._feeds.pop(worker, None)
 
     async def stop(self) -> None:
         for worker in list(self._tasks):
@@ -81,14 +81,16 @@ class KvFeeds:
 
     def stats(self) -> list[tuple[str, int, dict[str, int]]]:
         """(worker, blocks known, counters) of the workers that are listened to."""
-        return [(url, feed.num_blocks, feed.counters) for url, feed in self._feeds.items()]
+        feeds = {worker.url: feed for worker, feed in self._feeds.items()}  # a server that is both is heard twice
+        return [(url, feed.num_blocks, feed.counters) for url, feed in feeds.items()]
 
     def _on_forget(self, url: str) -> None:
-        if (wake := self._wakes.get(url)) is not None:
-            wake.set()
+        for worker, wake in self._wakes.items():
+            if worker.url == url:
+                wake.set()
 
     async def _follow(self, worker: Worker, policy: CacheAware) -> None:
-        wake = self._wakes[worker.url]
+        wake = self._wakes[worker]
         delay_s = RETRY_S[0]
         while True:
             wake.clear()
@@ -103,7 +105,7 @@ class KvFeeds:
             if source is None:
                 await _wait(wake, LOOK_AGAIN_S)
                 continue
-            feed = self._feeds.setdefault(worker.url, Feed(worker.url, policy))
+            feed = self._feeds.setdefault(worker, Feed(worker.url, policy))
             try:
                 await _unless(wake, feed.run(self._context, source))
             except (OSError, TimeoutError, zmq.ZMQError) as error:

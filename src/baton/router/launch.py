@@ -65,8 +65,8 @@ async def serve(config: RouterConfig) -> None:
     router = Router(config)
     await router.start()
     log.info(
-        "router listens host=%s port=%d mode=%s workers=%d",
-        config.host, router.port, "pd" if config.pd else "regular", len(config.workers),
+        "router listens host=%s port=%d mode=%s protocol=%s workers=%d",
+        config.host, router.port, "pd" if config.pd else "regular", config.pd_protocol or "as the workers'", len(config.workers),
     )  # fmt: skip
     await stop.wait()
     log.info("router stops: requests in progress may end grace_s=%g", config.shutdown_grace_s)

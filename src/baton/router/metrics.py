@@ -49,6 +49,8 @@ class Metrics:
         self.upstream_responses: Counter[tuple[str, str, str]] = Counter()
         self.retries: Counter[tuple[str, str]] = Counter()
         self.migrations: Counter[str] = Counter()
+        self.handovers: Counter[tuple[str, str]] = Counter()
+        self.prefill = Histogram(buckets_s)
         self.aborts = 0
         self.first_event = Histogram(buckets_s)
         self._durations: dict[bytes, Histogram] = {}
@@ -92,6 +94,9 @@ class Metrics:
         out += ["# HELP baton_router_time_to_first_event_seconds From a streaming request to its first event."]
         out += ["# TYPE baton_router_time_to_first_event_seconds histogram"]
         out += self.first_event.lines("baton_router_time_to_first_event_seconds", ())
+        out += ["# HELP baton_router_prefill_seconds From asking a prefill to its answer, in vLLM's protocol."]
+        out += ["# TYPE baton_router_prefill_seconds histogram"]
+        out += self.prefill.lines("baton_router_prefill_seconds", ())
         out += self._router_lines()
         out += _worker_lines(workers, roles)
         return "\n".join(out) + "\n"
@@ -111,6 +116,11 @@ class Metrics:
         out += _family(
             "baton_router_migrations_total", "counter", "Streams whose worker died: started, resumed, failed.",
             [((("outcome", outcome),), self.migrations[outcome]) for outcome in ("started", "resumed", "failed")],
+        )  # fmt: skip
+        out += _family(
+            "baton_router_handovers_total", "counter",
+            "Tries of pairs by protocol; alone: decode was to compute the prompt by itself.",
+            [((("protocol", protocol), ("outcome", outcome)), n) for (protocol, outcome), n in self.handovers.items()],
         )  # fmt: skip
         out += _family(
             "baton_router_worker_aborts_total", "counter", "Aborts sent to workers for requests given up.",
@@ -143,6 +153,10 @@ def _worker_lines(workers: "list[Worker]", roles: list[str]) -> list[str]:
         [((("worker_type", role),), pools[role]) for role in roles],  # type: ignore[index]
     )
     out += _family("smg_worker_health", "gauge", "1: healthy.", [(labels(w), int(w.healthy is True)) for w in workers])
+    out += _family(
+        "baton_router_worker_info", "gauge", "What a worker of a pair was found to be.",
+        [((*labels(w), ("dialect", w.software.dialect), ("version", w.software.version)), 1) for w in workers],
+    )  # fmt: skip
     out += _family("smg_worker_requests_active", "gauge", "Requests on it.", [(labels(w), w.active) for w in workers])
     out += _family(
         "smg_worker_selection_total", "counter", "Times chosen.", [(labels(w), w.selections) for w in workers]

@@ -223,12 +223,12 @@ class StreamRelay:
         return finished
 
     def next_worker(self, tag: str) -> None:
-        """The stream of another worker is about to be fed; ids in its chunks start with `tag`, which clients never see.
+        """The stream of another worker is about to be fed; ids in its chunks hold `tag`, which clients never see.
 
         Half an event of the last worker is dropped; what is held back is not: a resumed worker does not repeat it.
         """
         self._buffer = b""
-        self._rename = (b'"' + tag.encode(), b'"')
+        self._rename = (tag.encode(), b"")
         self._must_prove = self.events_out > 0
 
     def forfeit(self) -> None:

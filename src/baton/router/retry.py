@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from baton.protocol.errors import WORKER_LOST
 from baton.router.config import RetryConfig
 
-Kind = Literal["connect", "stale", "lost", "status", "event"]
+Kind = Literal["connect", "stale", "lost", "status", "event", "handover"]
 RETRYABLE_STATUSES = frozenset((408, 429, 500, 502, 503, 504))
 BUSY_STATUSES = frozenset((429, 503))
 MAX_BUSY_BACKOFF_S = 1.0
@@ -32,7 +32,8 @@ class Answer(NamedTuple):
 @dataclass
 class Failure:
     """One failed try. `connect`: no connection; `stale`: a kept-alive connection had been closed; `lost`: the connection
-    ended in mid-answer; `status`: an error answer; `event`: an error event in a stream."""
+    ended in mid-answer; `status`: an error answer; `event`: an error event in a stream; `handover`: a prefill's good answer
+    that hands nothing over."""
 
     kind: Kind
     role: str
@@ -87,7 +88,7 @@ def blames(failure: Failure) -> bool:
     Not: 4xx, a full queue (503, 429), a deadline (408, 504), a stale connection; nor an error of a decode worker that
     says it happened at another stage (its prefill or the transfer).
     """
-    if failure.kind in ("connect", "lost"):
+    if failure.kind in ("connect", "lost", "handover"):
         return True
     stage = failure.info.get("stage")
     if failure.role == "decode" and stage in ("prefill", "transfer"):

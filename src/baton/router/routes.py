@@ -129,8 +129,12 @@ async def abort_request(router: "Router", request: Request) -> Reply:
     for exchange in list(router.core.exchanges):
         if wanted.abort_all or exchange.rid_starts_with(wanted.rid):
             exchange.abort()
+    workers = router.core.registry.all()
+    listening = [worker for worker in workers if worker.software.takes_aborts]
+    if workers and not listening:
+        return Reply(200, b"", TEXT_TYPE)
     answers = await router.core.fan_out(
-        b"POST", b"/abort_request", FAN_OUT_TIMEOUT_S, request.body, authorization=_key(router, request)
+        b"POST", b"/abort_request", FAN_OUT_TIMEOUT_S, request.body, listening, _key(router, request)
     )
     return _summary(answers, b"")
 
@@ -190,6 +194,8 @@ async def list_workers(router: "Router", request: Request) -> Reply:
             "url": worker.url,
             "worker_type": worker.role,
             "bootstrap_port": worker.bootstrap_port,
+            "dialect": worker.software.dialect,
+            "version": worker.software.version,
             "is_healthy": worker.healthy is True,
             "problem": worker.problem,
             "load": worker.active,
@@ -215,10 +221,10 @@ async def register(router: "Router", request: Request) -> Reply:
     if wanted.mode == "prefill" and wanted.bootstrap_port is None:
         raise router_error(400, "bootstrap_port is required for a prefill worker.", param="bootstrap_port")
     try:
-        known = router.core.registry.find(wanted.registry_url)
+        known = router.core.registry.of_role(wanted.registry_url, wanted.mode)
     except ValueError as error:
         raise router_error(400, f"{error}.", param="registry_url") from None
-    if known is not None and known.role == wanted.mode:  # a worker that restarted
+    if known is not None:  # a worker that restarted
         known.bootstrap_port = wanted.bootstrap_port
         known.draining = False
         router.core.wake(known)
@@ -239,13 +245,15 @@ async def remove_worker(router: "Router", request: Request) -> Reply:
     path = unquote(request.path.decode("latin-1"))
     url = path.removeprefix("/workers").strip("/") or _parse(request, RemoveWorker).url
     try:
-        worker = router.core.registry.find(url)
+        found = router.core.registry.find(url)
     except ValueError as error:
         raise router_error(400, f"{error}.", param="url") from None
-    if worker is None:
+    if not found:
         raise router_error(404, f"There is no worker {url}.", param="url")
-    router.drain_worker(worker)
-    return Reply(202, _encode({"status": "draining", "url": worker.url, "load": worker.active}))
+    for worker in found:
+        router.drain_worker(worker)
+    load = sum(worker.active for worker in found)
+    return Reply(202, _encode({"status": "draining", "url": found[0].url, "load": load}))
 
 
 async def run(handler: Handler, router: "Router", request: Request) -> Reply:

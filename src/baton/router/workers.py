@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from baton.router.breaker import CircuitBreaker
 from baton.router.config import BreakerConfig, Role, WorkerSpec
+from baton.router.dialects import Software
 from baton.router.kv_index import Prompt
 from baton.router.policies import Policy
 from baton.router.upstream import Pool
@@ -45,6 +46,9 @@ class Worker:
         self.active = 0
         self.healthy: bool | None = None
         self.draining = False
+        self.is_both = False
+        """Its server is known in another role too."""
+        self.software = Software()
         self.problem = "not checked yet"
         """Why it is not healthy."""
         self.selections = 0
@@ -73,9 +77,13 @@ class Registry:
         self._connect_timeout_s = connect_timeout_s
         self.by_role: dict[Role, list[Worker]] = {role: [] for role in policies}
 
-    def find(self, url: str) -> Worker | None:
+    def find(self, url: str) -> list[Worker]:
+        """The worker, or two: one server may be given as prefill and as decode (vLLM's kv_both)."""
         normal = parse_url(url)[0]
-        return next((worker for worker in self.all() if worker.url == normal), None)
+        return [worker for worker in self.all() if worker.url == normal]
+
+    def of_role(self, url: str, role: str) -> Worker | None:
+        return next((worker for worker in self.find(url) if worker.role == role), None)
 
     def all(self) -> list[Worker]:
         return [worker for workers in self.by_role.values() for worker in workers]
@@ -84,10 +92,13 @@ class Registry:
         """Raises ValueError for a bad URL, a role this router does not have, or a worker it knows already."""
         if spec.role not in self.by_role:
             raise ValueError(f"this router has no {spec.role} workers, only {' and '.join(self.by_role)}")
-        if self.find(spec.url) is not None:
-            raise ValueError(f"worker {spec.url} is known already")
+        if self.of_role(spec.url, spec.role) is not None:
+            raise ValueError(f"{spec.role} worker {spec.url} is known already")
         worker = Worker(spec, self._breaker, self._connect_timeout_s)
         self.by_role[spec.role].append(worker)
+        same = self.find(spec.url)
+        for one in same:
+            one.is_both = len(same) > 1
         return worker
 
     def remove(self, worker: Worker) -> None:
