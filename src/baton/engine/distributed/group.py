@@ -5,6 +5,7 @@ watches; whoever is lost takes the whole group down, loudly, since a collective 
 wire (`control`), the loop of a follower (`follower`).
 """
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from baton.engine.batch import ForwardBatch
 from baton.engine.distributed.connect import Connected, Pool, connect
 from baton.engine.distributed.control import Connection, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.heartbeat import Heartbeat
-from baton.engine.distributed.messages import EndStep, Hello, Step, TierAnswer, TierOrder, Welcome, encode_step
+from baton.engine.distributed.messages import FromFollower, FromLeader, Hello, Welcome, encode_step
 from baton.engine.distributed.topology import Topology
 
 OnLost = Callable[[str], None]
@@ -96,7 +97,7 @@ class LeaderGroup:
         """Tell the others what this rank computes next. Raises `GroupError` when one is gone."""
         self.send(encode_step(batch, logit_rows))
 
-    def send(self, message: Step | EndStep | TierOrder, ranks: range | None = None) -> None:
+    def send(self, message: FromLeader, ranks: range | None = None) -> None:
         """Tell the others (None: all); they act in the order of messages. Raises `GroupError` when one is gone."""
         data = self._encoder.encode(message)
         for rank in self._leader.controls if ranks is None else ranks:
@@ -125,6 +126,7 @@ class FollowerGroup:
         self._control: Connection | None = None
         self._heartbeat: Heartbeat | None = None
         self._parts: Connected | None = None
+        self._sending = threading.Lock()
 
     def agree(self, facts: dict[str, str], num_pages: int) -> int:
         hello = Hello(self.topology.rank, facts, num_pages)
@@ -161,16 +163,17 @@ class FollowerGroup:
     def finish_loading(self) -> None:
         self.phase("weights")
 
-    def receive(self) -> Step | EndStep | TierOrder:
+    def receive(self) -> FromLeader:
         """Wait for what comes next. Raises `GroupError` when the leader is gone."""
         message = self._connected().receive(None)
-        if not isinstance(message, Step | EndStep | TierOrder):
+        if not isinstance(message, FromLeader):
             raise GroupError(f"rank 0 sent {type(message).__name__} where a step belongs")
         return message
 
-    def send(self, message: TierAnswer) -> None:
-        """For one thread at a time. Raises `GroupError` when the leader is gone."""
-        self._connected().send(message)
+    def send(self, message: FromFollower) -> None:
+        """From any thread. Raises `GroupError` when the leader is gone."""
+        with self._sending:
+            self._connected().send(message)
 
     def close(self, last_words: str = "") -> None:
         if self._heartbeat is not None:

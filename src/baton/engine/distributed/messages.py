@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baton.engine.batch import ForwardBatch
+from baton.protocol.errors import ErrorInfo
 from baton.kvcache.tiers import (
     Cancel,
     Copies,
@@ -26,6 +27,7 @@ from baton.kvcache.tiers import (
     Written,
 )
 
+Side = Literal["prefill", "decode"]
 FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
 MAX_GREETING_BYTES = 1 << 16
@@ -146,11 +148,62 @@ class StoreIs(msgspec.Struct, tag="store_is", frozen=True, array_like=True):
     up: bool
 
 
+class ExpectRoom(msgspec.Struct, tag="expect_room", frozen=True, array_like=True):
+    """`PrefillTransfer.expect`"""
+
+    room: int
+    timeout_s: float
+
+
+class SendRoom(msgspec.Struct, tag="send_room", frozen=True, array_like=True):
+    """`PrefillTransfer.send`; the first token stays with the leader."""
+
+    room: int
+    first_page_idx: int
+    page_ids: bytes
+    is_last: bool
+
+
+class ReceiveRoom(msgspec.Struct, tag="receive_room", frozen=True, array_like=True):
+    """`DecodeTransfer.receive`"""
+
+    room: int
+    bootstrap_host: str
+    bootstrap_port: int
+    first_page_idx: int
+    page_ids: bytes
+    timeout_s: float
+
+
+class AbortRoom(msgspec.Struct, tag="abort_room", frozen=True, array_like=True):
+    """`abort` of either side's transfer."""
+
+    side: Side
+    room: int
+    reason: str
+
+
+class RoomNews(msgspec.Struct, tag="room_news", frozen=True, array_like=True):
+    """Up to the leader: a `transfer.base.Event` of one rank."""
+
+    side: Side
+    kind: Literal["bootstrapped", "sent", "received", "failed"]
+    room: int
+    first_page_idx: int = 0
+    num_bytes: int = 0
+    duration_s: float = 0.0
+    bootstrap_duration_s: float = 0.0
+    error: ErrorInfo | None = None
+
+
 TierOrder = Move | Clear | AskStore
-"""From the leader."""
+TransferOrder = ExpectRoom | SendRoom | ReceiveRoom | AbortRoom
+FromLeader = Step | EndStep | TierOrder | TransferOrder
+"""While the group runs; followers act in the order of these."""
 TierAnswer = Answers | Cleared | StoreIs
-"""To the leader."""
-Message = Hello | Watch | Welcome | Refused | Done | Go | Step | EndStep | TierOrder | TierAnswer
+FromFollower = TierAnswer | RoomNews
+"""While the group runs."""
+Message = Hello | Watch | Welcome | Refused | Done | Go | FromLeader | FromFollower
 
 
 def encode_step(batch: ForwardBatch, logit_rows: list[NDArray[np.int64]]) -> Step:

@@ -2,8 +2,8 @@
 
 Rank 0's cache decides. What it decides goes to every rank over the control connection, in order with the steps, so host page n is the
 same tokens everywhere. Each rank's store answers for itself; the cache hears of a page what all ranks can stand for (`Merge`).
-Nobody polls: a thread per follower reads what it sends and wakes the leader's loop, a thread in the follower sends what its store
-answered. A rank that is lost ends the group (`heartbeat`). Not here: how one rank moves pages (`engine.tiers`).
+Nobody polls: a thread per follower reads what it sends (`answers`) and wakes the leader's loop, a thread in the follower sends what
+its store answered. A rank that is lost ends the group (`heartbeat`). Not here: how one rank moves pages (`engine.tiers`).
 """
 
 import logging
@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from baton.engine.distributed.control import Connection, GroupError, Phases
+from baton.engine.distributed.answers import Take
+from baton.engine.distributed.control import GroupError, Phases
 from baton.engine.distributed.group import FollowerGroup, LeaderGroup
 from baton.engine.distributed.messages import (
     Answers,
@@ -117,8 +118,8 @@ class LeadingTiers:
         self._clears_lock = threading.Lock()
         self._is_up = dict.fromkeys(group.followers, True)
         """What each follower last said of its store."""
-        for rank, connection in group.followers.items():
-            threading.Thread(target=self._listen, args=(rank, connection), name=f"tiers-{rank}", daemon=True).start()
+        self.takers: dict[type, Take] = dict.fromkeys((Answers, StoreIs, Cleared), self._take)
+        """Who takes what the followers send (`answers`)."""
 
     @property
     def has_store(self) -> bool:
@@ -166,15 +167,7 @@ class LeadingTiers:
         clearing.done.set_result(all(clearing.answers.values()))
         self._wake()
 
-    def _listen(self, rank: int, connection: Connection) -> None:
-        """The thread of one follower. That it is gone is the heartbeat's to say."""
-        try:
-            while True:
-                self._take(rank, connection.receive(None))
-        except GroupError as error:
-            logger.debug("no more answers of rank %d: %s", rank, error)
-
-    def _take(self, rank: int, message: object) -> None:
+    def _take(self, rank: int, message: TierAnswer) -> None:
         match message:
             case Answers(answers):
                 self._inbox.extend((rank, decode_event(one)) for one in answers)
@@ -185,8 +178,6 @@ class LeadingTiers:
                 with self._clears_lock:
                     clearing = next(one for one in self._clears if rank not in one.answers)
                 self._cleared(clearing, rank, ok)
-            case _:
-                logger.error("rank %d sent %s, which is for no leader", rank, type(message).__name__)
 
 
 class _Clearing:
