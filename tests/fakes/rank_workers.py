@@ -14,7 +14,7 @@ from baton.engine.args import EngineArgs, engine_args
 from baton.engine.assemble import assemble
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.rank import RankLoop
-from baton.protocol.rank import DrainStore, FromRank, RequestOutput, StepOutput, Submit, ToRank
+from baton.protocol.rank import Bootstrap, DrainStore, FromRank, RequestOutput, StepOutput, Submit, ToRank
 from baton.protocol.sampling import SamplingParams
 
 
@@ -67,7 +67,7 @@ class Worker:
 
     def start(self, args: EngineArgs, group: LeaderGroup | None) -> None:
         engine = assemble(args, self._channel.wake, group)
-        self.tiers = engine.tiers
+        self.tiers, self._transfer = engine.tiers, engine.transfer
         self._loop = RankLoop(engine, self._channel)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -77,21 +77,31 @@ class Worker:
         self._channel.wake()
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
-        if self.tiers is not None:
-            self.tiers.close()
+        for one in (self.tiers, self._transfer):
+            if one is not None:
+                one.close()
 
     def generate(self, prompt: Sequence[int], num_tokens: int = 6) -> tuple[list[float], RequestOutput]:
         """Greedy tokens, each followed by its log-probability, and the output that began them: it says what was cached."""
+        self.submit(prompt, num_tokens)
+        outputs = self.outputs()
+        assert outputs[-1].finish is not None and outputs[-1].finish.error is None, outputs[-1].finish
+        return numbers(outputs), outputs[0]
+
+    def submit(self, prompt: Sequence[int], num_tokens: int = 6, bootstrap: Bootstrap | None = None) -> None:
         sampling = SamplingParams(temperature=0.0, max_new_tokens=num_tokens, ignore_eos=True)
-        self._channel.to_rank.put(Submit(rid="r", input_ids=list(prompt), sampling=sampling, return_logprob=True))
+        self._channel.to_rank.put(
+            Submit(rid="r", input_ids=list(prompt), sampling=sampling, return_logprob=True, bootstrap=bootstrap)
+        )
+
+    def outputs(self) -> list[RequestOutput]:
+        """Those of the only request that runs, up to its end."""
         outputs: list[RequestOutput] = []
         while not outputs or outputs[-1].finish is None:
             message = self._channel.from_rank.get(timeout=WAIT_S)
             assert isinstance(message, StepOutput)
             outputs += message.outputs
-        assert outputs[-1].finish is not None and outputs[-1].finish.error is None, outputs[-1].finish
-        found = [one for output in outputs for one in output.logprobs]
-        return [number for one in found for number in (one.token_id, one.logprob or 0.0)], outputs[0]
+        return outputs
 
     def ask(self, message: ToRank) -> Any:
         self._channel.to_rank.put(message)
@@ -103,6 +113,12 @@ class Worker:
     def _run(self) -> None:
         with contextlib.suppress(_OverError):
             self._loop.run()
+
+
+def numbers(outputs: Sequence[RequestOutput]) -> list[float]:
+    """Tokens, each followed by its log-probability."""
+    found = [one for output in outputs for one in output.logprobs]
+    return [number for one in found for number in (one.token_id, one.logprob or 0.0)]
 
 
 class GroupWorker(RankGroup):

@@ -13,24 +13,23 @@ from dataclasses import dataclass
 import torch
 
 from baton.engine.args import EngineArgs
+from baton.engine.distributed.answers import listen
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.runner import open_runner
 from baton.engine.distributed.tiers import LeadingTiers, agree_host_pages
+from baton.engine.distributed.transfer import LeadingDecode, LeadingPrefill
 from baton.engine.errors import ModelError
+from baton.engine.handover import open_transfer
 from baton.engine.kv_events import open_kv_events
 from baton.engine.load import choose_device, load_model
 from baton.engine.models.spec import ModelConfig
-from baton.engine.runner import Runner, kv_page_bytes
+from baton.engine.runner import Runner
 from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.scheduler import Scheduler
 from baton.engine.tiers import Tiers, choose_host_pages, open_cache, page_shape
-from baton.kvcache.page_memory import PageMemory
-from baton.protocol.pod import listen_host
 from baton.protocol.rank import Ready
-from baton.transfer.base import DecodeTransfer, PageLayout, PrefillTransfer, Wake
-from baton.transfer.config import TransferConfig, parse_backend
-from baton.transfer.decode import open_decode_transfer
-from baton.transfer.prefill import open_prefill_transfer
+from baton.transfer.base import DecodeTransfer, PrefillTransfer, Wake
+from baton.transfer.config import TransferConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +60,9 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     if device.type == "cuda" and args.disaggregation_mode != "null":
         raise ModelError("--disaggregation-mode: handing KV over from GPU memory is not served yet; use --device cpu.")
     model = load_model(args, device, group)
-    if not model.has_whole_pages:
-        need_one_pool(args)
-    config, memory, num_pages, page_size = model.config, model.memory, model.num_pages, model.page_size
+    config, num_pages, page_size = model.config, model.num_pages, model.page_size
     runner = model.runner if group is None else open_runner(model, group)
-    layout = PageLayout(
-        model=model.fingerprint,
-        dtype=str(model.dtype).removeprefix("torch."),
-        page_size=page_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        page_bytes=kv_page_bytes(config, model.dtype, page_size),
-    )
-    transfer = None if memory is None else open_transfer(args, memory, layout, wake)
+    transfer = open_transfer(args, model, group, wake)
     shape = page_shape(model)
     host_pages = choose_host_pages(args, num_pages, shape.page_bytes)
     tiers: Tiers | None
@@ -84,14 +72,17 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         tiers = LeadingTiers(own, group, wake)
     else:
         cache, tiers = open_cache(args, model, shape, host_pages, wake)
+    if group is not None:
+        leading = [one for one in (transfer, tiers) if isinstance(one, LeadingPrefill | LeadingDecode | LeadingTiers)]
+        listen(group, {kind: take for one in leading for kind, take in one.takers.items()})
     settings = scheduler_config(args, config, model.context_len, device, runner.depth)
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
         "rank is ready model=%s dtype=%s device=%s ranks=%d stages=%d attention=%s threads=%d pages=%d page_size=%d context_len=%d load_s=%.2f",
-        model.path, layout.dtype, device, 1 if group is None else group.size,
+        model.path, shape.dtype, device, 1 if group is None else group.size,
         1 if model.shard.stage is None else model.shard.stage.size, runner.attention_backend, model.num_threads, num_pages, page_size, model.context_len, model.load_weights_s,
     )  # fmt: skip
-    note_batch_dependence(runner, layout.dtype, device)
+    note_batch_dependence(runner, shape.dtype, device)
     ready = Ready(
         max_total_num_tokens=num_pages * page_size,
         max_req_input_len=min(model.context_len, num_pages * page_size) - 1,
@@ -104,15 +95,6 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         attention_backend=runner.attention_backend,
     )
     return Engine(scheduler, runner, transfer, ready, tiers, open_kv_events(args, cache, page_size))
-
-
-def need_one_pool(args: EngineArgs) -> None:
-    """Raises `ModelError` for what this rank cannot do while other ranks keep their heads of a page to themselves."""
-    if args.disaggregation_mode != "null":
-        raise ModelError(
-            f"--disaggregation-mode {args.disaggregation_mode}: with several ranks it needs a KV pool that they share, on one CPU "
-            "host with bfloat16 kernels; ranks on several hosts or devices are not served yet."
-        )
 
 
 def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> None:
@@ -150,26 +132,3 @@ def scheduler_config(
         default_bootstrap_port=args.disaggregation_bootstrap_port,
         pipeline_depth=depth,
     )
-
-
-def open_transfer(
-    args: EngineArgs, memory: PageMemory, layout: PageLayout, wake: Wake
-) -> PrefillTransfer | DecodeTransfer | None:
-    """This rank's side of the hand-over, if it has one."""
-    if args.disaggregation_mode == "null":
-        return None
-    backend, note = parse_backend(args.disaggregation_transfer_backend)
-    if note:
-        logger.info("--disaggregation-transfer-backend %s: %s", args.disaggregation_transfer_backend, note)
-    config = TransferConfig.from_env(os.environ, backend=backend)
-    host = listen_host(args.host)
-    if args.disaggregation_mode == "decode":
-        return open_decode_transfer(memory, layout, config, host=host, wake=wake)
-    bootstrap_url = f"http://{_dialled(host)}:{args.disaggregation_bootstrap_port}"
-    return open_prefill_transfer(memory, layout, config, host=host, bootstrap_url=bootstrap_url, wake=wake)
-
-
-def _dialled(host: str) -> str:
-    """An address at which this process reaches what listens on `host`."""
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{local}]" if ":" in local else local

@@ -111,6 +111,8 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
             "--nnodes": str(args.nnodes),
             "--page-size": str(page_size),
             "--context-length": str(context_len),
+            "--disaggregation-mode": args.disaggregation_mode,
+            "--disaggregation-transfer-backend": args.disaggregation_transfer_backend,
             "--enable-hierarchical-cache": str(args.has_tiers),
             "--hicache-storage-backend": str(args.hicache_storage_backend),
             "--hicache-storage-key-scheme": args.hicache_storage_key_scheme,

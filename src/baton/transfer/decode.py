@@ -59,7 +59,7 @@ class RankDecodeTransfer:
         host: str,
         ranks: WorkerRanks,
         wake: Wake,
-        make_timers: MakeTimers,
+        make_timers: MakeTimers = LoopTimers,
     ) -> None:
         self._memory = memory
         self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.

@@ -20,9 +20,7 @@ Take = Callable[[int, Any], None]
 def listen(group: LeaderGroup, takers: Mapping[type, Take]) -> None:
     """`takers`: by type of message. From now on nothing else receives from the followers."""
     for rank, connection in group.followers.items():
-        threading.Thread(
-            target=_listen, args=(rank, connection, takers), name=f"answers-{rank}", daemon=True
-        ).start()
+        threading.Thread(target=_listen, args=(rank, connection, takers), name=f"answers-{rank}", daemon=True).start()
 
 
 def _listen(rank: int, connection: Connection, takers: Mapping[type, Take]) -> None:

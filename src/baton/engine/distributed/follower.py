@@ -12,11 +12,20 @@ from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args, split_address
 from baton.engine.distributed.group import FollowerGroup
-from baton.engine.distributed.messages import EndStep, Step, decode_step
+from baton.engine.distributed.messages import (
+    AbortRoom,
+    EndStep,
+    ExpectRoom,
+    ReceiveRoom,
+    SendRoom,
+    Step,
+    decode_step,
+)
 from baton.engine.distributed.pipeline import stage_part
 from baton.engine.distributed.processes import die_with_parent, end_process, start_siblings
 from baton.engine.distributed.tiers import FollowingTiers, agree_host_pages
 from baton.engine.distributed.topology import Topology, plan_topology
+from baton.engine.handover import follow_transfer
 from baton.engine.load import LoadedModel, choose_device, load_model
 from baton.engine.models.shard import local_sizes
 from baton.engine.server.channel import ChannelAddress, RankChannel
@@ -51,6 +60,7 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
                 )
             )  # fmt: skip
             channel.start_beats()
+        transfers = follow_transfer(args, model, group)
         tiers = follow_tiers(args, model, group)
         part = stage_part(model)
         while True:
@@ -60,6 +70,9 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
                 case EndStep():
                     assert part is not None, "the ranks agreed on stages"
                     part.follow_end()
+                case ExpectRoom() | SendRoom() | ReceiveRoom() | AbortRoom() as order:
+                    assert transfers is not None, "the ranks agreed on a mode"
+                    transfers.obey(order)
                 case order:
                     assert tiers is not None, "the ranks agreed on tiers"
                     tiers.obey(order)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baton.engine.batch import ForwardBatch
-from baton.protocol.errors import ErrorInfo
 from baton.kvcache.tiers import (
     Cancel,
     Copies,
@@ -26,6 +25,7 @@ from baton.kvcache.tiers import (
     Write,
     Written,
 )
+from baton.protocol.errors import ErrorInfo
 
 Side = Literal["prefill", "decode"]
 FRAME_HEADER = struct.Struct("<I")

@@ -11,13 +11,14 @@ import queue
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, assert_never
+from typing import assert_never
 
 import msgspec
 import numpy as np
 
+from baton.engine.distributed.answers import Take
 from baton.engine.distributed.control import GroupError, Phases
 from baton.engine.distributed.group import FollowerGroup, LeaderGroup
 from baton.engine.distributed.messages import (
@@ -64,7 +65,14 @@ class _Seat(msgspec.Struct, frozen=True):
 
 
 def open_prefill_rank(
-    group: Phases, memory: Pages, layout: PageLayout, own: Slice, config: TransferConfig, host: str, bootstrap_url: str, wake: Wake
+    group: Phases,
+    memory: Pages,
+    layout: PageLayout,
+    own: Slice,
+    config: TransferConfig,
+    host: str,
+    bootstrap_url: str,
+    wake: Wake,
 ) -> RankPrefillTransfer:
     """This rank's part of a prefill worker. All ranks call it at the same time; rank 0 registers them all with the bootstrap server of
     its HTTP process. `host`: where rank 0 listens; the others do at the address by which they reach it.
@@ -177,6 +185,8 @@ class _Leading:
         self._merge = RoomMerge(group.size)
         self._inbox: deque[tuple[int, Event]] = deque()
         self._any_own = own
+        self.takers: dict[type, Take] = {RoomNews: self._take}
+        """Who takes what the followers send (`answers`)."""
 
     def abort(self, room: int, reason: str) -> None:
         if room in self._merge:
@@ -197,8 +207,7 @@ class _Leading:
         """The followers' transfers end with their processes."""
         self._any_own.close()
 
-    def take(self, rank: int, news: RoomNews) -> None:
-        """From the thread that listens to a follower."""
+    def _take(self, rank: int, news: RoomNews) -> None:
         self._inbox.append((rank, _decode_event(news)))
         self._wake()
 
