@@ -13,7 +13,6 @@ import pytest
 from tests.fakes.batches import PagedSequences, Query
 
 from baton.engine.args import engine_args, split_address
-from baton.engine.assemble import need_one_pool
 from baton.engine.batch import PromptLogprobsRow, SampleRow
 from baton.engine.distributed import heartbeat
 from baton.engine.distributed.control import FRAME_HEADER, GroupError, Leader, finish_phase, join
@@ -209,12 +208,6 @@ def test_ranks_of_a_host_can_be_forced_and_gpus_are_a_rank_each() -> None:
     assert plan_topology(args, "cuda", {}).num_ranks == 4
     with pytest.raises(ModelError, match="BATON_RANKS_PER_HOST must be a whole number"):
         plan_topology(args, "cpu", {RANKS_PER_HOST: "two"})
-
-
-def test_handing_over_is_refused_where_ranks_have_their_own_pool() -> None:
-    given = "--disaggregation-mode decode"
-    with pytest.raises(ModelError, match=f"^{given}: with several ranks it needs a KV pool that they share"):
-        need_one_pool(engine_args(f"--model m {given}".split()))
 
 
 def test_addresses() -> None:
