@@ -99,6 +99,7 @@ class EngineArgs:
     # Parallelism.
     tp_size: int = flag(1, "tensor-parallel ranks: a GPU each; a CPU host is one rank however many it is asked for", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
     pp_size: int = flag(1, "pipeline stages of --tp-size ranks each; on CPUs fewer where fewer hosts are there (SGLANG_PP_LAYER_PARTITION=10,12: layers of each)", aliases=("--pp", "--pipeline-parallel-size"), minimum=1)
+    pp_max_micro_batch_size: int | None = flag(None, "with several --pp-size stages: decoding requests of one step, a step of which is in each stage; none: --max-running-requests decides", aliases=("--max-micro-batch-size",), kind=int, minimum=1)
     dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
     ep_size: int = flag(1, "parts into which a layer's experts are dealt out over the --tp-size ranks; 1: every rank has a part of every expert", aliases=("--ep", "--expert-parallel-size"), minimum=1)
     load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_ONE_ENGINE)
@@ -174,9 +175,6 @@ class EngineArgs:
     prefill_round_robin_balance: bool = flag(False, "among data-parallel prefills", effect="no effect", reason=_ONE_ENGINE)
     enable_pd_role_switch: bool = flag(False, "change roles while running", effect="not served", reason="a worker keeps its role")
     pdlb_url: str | None = flag(None, "register with a load balancer", effect="not served", reason="name this worker on the router's command line")
-
-    # Of SGLang 0.4.10.
-    max_micro_batch_size: int | None = flag(None, "requests of one micro batch", kind=int, effect="no effect", reason=f"pipelines are {_LATER}")
     # fmt: on
 
     @property
@@ -300,6 +298,8 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
             for field in flags_of(EngineArgs)
             if field.startswith("hicache_storage_") and is_given(args, field)
         ]
+    if args.pp_max_micro_batch_size is not None and args.pp_size == 1:
+        notes.append("--pp-max-micro-batch-size has no effect without --pp-size above 1")
     if args.kv_events_config is not None and args.disable_radix_cache:
         notes.append("--kv-events-config has no effect: with --disable-radix-cache nothing is cached")
     if args.max_queued_requests is not None and args.disaggregation_mode != "null":

@@ -117,7 +117,7 @@ def scheduler_config(
         mode=args.disaggregation_mode,
         policy=args.schedule_policy,
         eos_token_ids=config.eos_token_ids,
-        max_running_requests=args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS,
+        max_running_requests=max_running_requests(args, depth),
         # SGLang ignores the bound with disaggregation: both sides of a pair must take or refuse the same request.
         max_queued_requests=None if is_pair else args.max_queued_requests,
         chunked_prefill_size=None if chunk == -1 else chunk,
@@ -132,3 +132,11 @@ def scheduler_config(
         default_bootstrap_port=args.disaggregation_bootstrap_port,
         pipeline_depth=depth,
     )
+
+
+def max_running_requests(args: EngineArgs, depth: int) -> int:
+    """Those that decode are spread evenly over `depth` steps in flight, so a bound of each step is one of all."""
+    asked = args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
+    if depth == 1 or args.pp_max_micro_batch_size is None:
+        return asked
+    return min(asked, depth * args.pp_max_micro_batch_size)

@@ -210,6 +210,32 @@ def test_ranks_of_a_host_can_be_forced_and_gpus_are_a_rank_each() -> None:
         plan_topology(args, "cpu", {RANKS_PER_HOST: "two"})
 
 
+def test_ranks_are_numbered_stage_after_stage() -> None:
+    args = engine_args(["--model", "m", "--tp", "2", "--pp", "3"])
+    ranks_of = [plan_topology(args, "cuda", {}, local_rank) for local_rank in range(6)]
+    assert [(one.stage, one.tp_rank) for one in ranks_of] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [one.stage_ranks for one in ranks_of[2:4]] == [range(2, 4)] * 2
+    assert [ranks_of[5].rank_at(stage) for stage in (1, 2, 3)] == [3, 5, 1], "the ring is closed"
+
+
+@pytest.mark.parametrize(
+    ("asked", "per_host", "sizes"),
+    [
+        ("--tp 2 --pp 2", 1, (1, 1)), ("--tp 2 --pp 2", 2, (1, 2)), ("--tp 2 --pp 2", 4, (2, 2)), ("--pp 3", 2, (2, 1)),
+        ("--tp 4 --pp 2 --nnodes 2 --dist-init-addr h:1", 1, (1, 2)), ("--pp 4 --tp 3", 6, (3, 2)),
+    ],
+)  # fmt: skip
+def test_where_fewer_ranks_run_stages_stay_as_far_as_they_divide(
+    asked: str, per_host: int, sizes: tuple[int, int]
+) -> None:
+    args = engine_args(["--model", "m", *asked.split()])
+    topology = plan_topology(args, "cpu", {RANKS_PER_HOST: str(per_host)})
+    assert (topology.tp_size, topology.pp_size) == sizes
+    assert topology.tp_size * topology.pp_size == topology.num_ranks
+    is_less = topology.num_ranks < args.tp_size * args.pp_size
+    assert (topology.note is not None and f"--pp-size {args.pp_size}: " in topology.note) == is_less
+
+
 def test_addresses() -> None:
     assert split_address("tcp://leader.svc:20000") == ("leader.svc", 20000)
     assert split_address("[::1]:5") == ("::1", 5)

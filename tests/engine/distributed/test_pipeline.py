@@ -5,11 +5,16 @@ import signal
 from pathlib import Path
 
 import pytest
+from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.models import hf_model
-from tests.fakes.rank_group import WAIT_S, RankGroup, generate, random_prompts, single
+from tests.fakes.rank_group import PAGE_SIZE, WAIT_S, RankGroup, generate, random_prompts, single
 
+from baton.engine.batch import ForwardBatch, PromptLogprobsRow, SampleRow
 from baton.engine.distributed.connect import COLLECTIVE
 from baton.engine.kernels.native import load_kernels
+from baton.engine.runner import run_step
+from baton.protocol.rank import TokenLogprobs
+from baton.protocol.sampling import SamplingParams
 
 PROMPTS = random_prompts(40, 7, 133)
 NEW_TOKENS = 8
@@ -37,6 +42,54 @@ def test_bfloat16_stages_give_the_bits_of_one_rank(
     flags = ("--dtype", "bfloat16", "--ep-size", str(ep_size))
     with RankGroup(model, tp_size, *flags, pp_size=pp_size) as group:
         assert generate(group.runner, PROMPTS, NEW_TOKENS) == expected
+
+
+@needs_kernels
+@pytest.mark.parametrize(("collective", "tp_size"), [("auto", 2), ("tcp", 1)])
+def test_steps_in_flight_do_not_mix(
+    model: Path, collective: str, tp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests take turns, a step of each in flight; then prompts follow one another whose log-probabilities are all wanted."""
+    monkeypatch.setenv(COLLECTIVE, collective)
+    alone = single(model, "--dtype", "bfloat16")
+    expected = [generate(alone, [prompt], NEW_TOKENS)[0] for prompt in PROMPTS[:2]]
+    scores = [run_step(alone, prompt_batch(prompt)) for prompt in PROMPTS]
+    sequences = PagedSequences([[*prompt, *([0] * NEW_TOKENS)] for prompt in PROMPTS[:2]], PAGE_SIZE)
+    found: list[list[TokenLogprobs | None]] = [[], []]
+    with RankGroup(model, tp_size, "--dtype", "bfloat16", pp_size=2) as group:
+        runner = group.runner
+        assert runner.depth == 2
+        for seq in range(2):
+            runner.submit(next_step(sequences, seq, 0))
+        for step in range(NEW_TOKENS):
+            for seq in range(2):
+                output = runner.collect()
+                found[seq] += output.logprobs
+                sequences.tokens[seq][len(PROMPTS[seq]) + step] = output.next_token_ids[0]
+                if step + 1 < NEW_TOKENS:
+                    runner.submit(next_step(sequences, seq, step + 1))
+        assert found == expected
+        runner.submit(prompt_batch(PROMPTS[0]))
+        runner.submit(prompt_batch(PROMPTS[1]))
+        assert runner.collect() == scores[0]
+        runner.submit(prompt_batch(PROMPTS[2]))
+        assert [runner.collect(), runner.collect()] == scores[1:]
+
+
+def next_step(sequences: PagedSequences, seq: int, step: int) -> ForwardBatch:
+    """The prompt, or the token that the step before drew; one greedy token is wanted."""
+    length = len(PROMPTS[seq]) + step
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    sample = SampleRow(0, sampling, length, 0, PROMPTS[seq], [], return_logprob=True)
+    return sequences.batch([Query(seq, 0 if step == 0 else length - 1, length)], samples=[sample])
+
+
+def prompt_batch(prompt: list[int]) -> ForwardBatch:
+    """A prompt's log-probabilities, and no token drawn."""
+    sequences = PagedSequences([prompt], PAGE_SIZE)
+    return sequences.batch(
+        [Query(0, 0, len(prompt))], prompt_logprobs=[PromptLogprobsRow(0, 1, prompt[1:], top_logprobs_num=2)]
+    )
 
 
 def test_float32_stages_give_the_greedy_tokens_of_one_rank(model: Path) -> None:

@@ -69,8 +69,11 @@ def store(path: Path, *more: str) -> list[str]:
     return tiers("--hicache-storage-backend", "file", *policy, *at(path), *more)
 
 
-def test_pages_that_left_the_device_come_back_from_every_ranks_host_memory(model: Path, expected: list[Any]) -> None:
-    with GroupWorker(model, 2, *tiers()) as group:
+@pytest.mark.parametrize(("size", "pp_size"), [(2, 1), (1, 2)])
+def test_pages_that_left_the_device_come_back_from_every_ranks_host_memory(
+    model: Path, expected: list[Any], size: int, pp_size: int
+) -> None:
+    with GroupWorker(model, size, *tiers(), pp_size=pp_size) as group:
         worker = group.worker
         assert [worker.generate(prompt)[0] for prompt in (A, B, C)] == expected
         answer, first = worker.generate(A)
@@ -100,6 +103,21 @@ def test_a_new_start_finds_in_the_stores_what_the_last_one_wrote(
         assert group.worker.ask(FlushCache(2)).ok
         answer, first = group.worker.generate(A)
         assert (answer, first.cached_tokens) == (expected[0], 0)
+
+
+def test_stages_find_their_layers_in_the_store_again_and_other_layouts_find_nothing(
+    model: Path, expected: list[Any], tmp_path: Path
+) -> None:
+    flags = store(tmp_path)
+    with GroupWorker(model, 1, *flags, pp_size=2) as group:
+        assert group.worker.generate(A)[0] == expected[0]
+        group.worker.drain()
+    with GroupWorker(model, 1, *flags, pp_size=2) as group:
+        answer, first = group.worker.generate(A)
+        assert (answer, first.cached_store) == (expected[0], NUM_CACHED)
+    with Worker(model, *flags) as alone:
+        answer, first = alone.generate(A)
+        assert (answer, first.cached_store) == (expected[0], 0)
 
 
 def test_what_one_ranks_store_lost_is_a_miss_on_all(model: Path, expected: list[Any], tmp_path: Path) -> None:
