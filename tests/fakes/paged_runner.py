@@ -2,15 +2,22 @@
 
 It reads the context through the page table only, and fails if any position holds the KV of another prefix. So what comes
 out proves that caching, chunking, retraction and transfers changed no token, and that every page read was the right one.
+
+Steps may be in flight: until `collect`, what a step writes is junk, and nobody else may write to any page that it uses.
 """
 
 import zlib
+from collections import deque
 
 from baton.engine.batch import ForwardBatch, ForwardOutput, PromptLogprobsRow, SampleRow
 from baton.protocol.rank import TokenLogprobs
 
 VOCAB = 97
 SEED_STATE = 17
+JUNK = -1
+"""What no token left: not written yet, or in the hands of a transfer or a tier."""
+FAILED = -2
+"""In place of what a failed step would have written. What is computed from it is as good."""
 
 
 def advance(state: int, token_id: int) -> int:
@@ -54,11 +61,25 @@ class PagedRunner:
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.slots: dict[tuple[int, int], int] = {}
+        self.in_flight: deque[ForwardBatch] = deque()
         self.num_steps = 0
         self.num_tokens = 0
 
     def run(self, batch: ForwardBatch) -> ForwardOutput:
+        self.submit(batch)
+        return self.collect()
+
+    def submit(self, batch: ForwardBatch) -> None:
         self._check_shapes(batch)
+        self._fill(batch, JUNK)
+        self.in_flight.append(batch)
+
+    def fail(self) -> None:
+        """The oldest step ends without a result."""
+        self._fill(self.in_flight.popleft(), FAILED)
+
+    def collect(self) -> ForwardOutput:
+        batch = self.in_flight.popleft()
         self.num_steps += 1
         self.num_tokens += len(batch.token_ids)
         states = self._forward(batch)
@@ -72,17 +93,34 @@ class PagedRunner:
             tokens, logprobs, [self._prompt_logprobs(batch, row, states) for row in batch.prompt_logprobs]
         )
 
-    def copy_page(self, other: "PagedRunner", theirs: int, mine: int) -> None:
-        """What a transfer does."""
-        for slot in range(self.page_size):
-            self.slots.pop((mine, slot), None)
-            if (theirs, slot) in other.slots:
-                self.slots[mine, slot] = other.slots[theirs, slot]
+    def pages_in_flight(self) -> set[int]:
+        """That steps in flight read or write."""
+        found: set[int] = set()
+        for batch in self.in_flight:
+            for table, context_len in zip(batch.page_tables, batch.context_lens, strict=True):
+                found.update(table[: -(-int(context_len) // self.page_size)].tolist())
+        return found
+
+    def read_page(self, page: int) -> dict[int, int]:
+        """What a transfer or a tier takes away."""
+        return {slot: self.slots.get((page, slot), JUNK) for slot in range(self.page_size)}
+
+    def write_page(self, page: int, states: dict[int, int]) -> None:
+        """What a transfer or a tier does to a page it owns."""
+        assert page not in self.pages_in_flight(), f"page {page} was overwritten under a step in flight"
+        for slot, state in states.items():
+            self.slots[page, slot] = state
 
     def scribble(self, page: int) -> None:
         """What a transfer may do to a page it owns until its end."""
-        for slot in range(self.page_size):
-            self.slots[page, slot] = -1
+        self.write_page(page, dict.fromkeys(range(self.page_size), JUNK))
+
+    def _fill(self, batch: ForwardBatch, state: int) -> None:
+        """Where the batch writes."""
+        rows = zip(batch.page_tables, batch.query_lens, batch.context_lens, strict=True)
+        for table, query_len, context_len in rows:
+            for position in range(int(context_len) - int(query_len), int(context_len)):
+                self.slots[int(table[position // self.page_size]), position % self.page_size] = state
 
     def _forward(self, batch: ForwardBatch) -> list[list[int]]:
         """Per sequence the states after each of its new tokens."""
@@ -102,7 +140,7 @@ class PagedRunner:
             for i in range(int(query_len)):
                 position = start + i
                 assert int(batch.positions[offset + i]) == position
-                state = advance(state, int(batch.token_ids[offset + i]))
+                state = FAILED if state == FAILED else advance(state, int(batch.token_ids[offset + i]))
                 page, slot = int(table[position // self.page_size]), position % self.page_size
                 self.slots[page, slot] = state
                 checks.append((page, slot, state))
@@ -114,6 +152,8 @@ class PagedRunner:
         return states
 
     def _sample(self, batch: ForwardBatch, row: SampleRow, states: list[list[int]]) -> int:
+        if states[row.seq_idx][-1] == FAILED:
+            return 0
         tokens = row.prompt_ids + row.output_ids
         assert row.position == len(tokens) == int(batch.context_lens[row.seq_idx])
         state = SEED_STATE

@@ -3,7 +3,7 @@
 from collections import deque
 from random import Random
 
-from tests.fakes.paged_runner import PagedRunner
+from tests.fakes.paged_runner import JUNK, PagedRunner
 
 from baton.kvcache.tiers import Cancel, Copies, Found, PagesRead, Query, Read, StoreAction, StoreEvent, Write, Written
 
@@ -12,7 +12,7 @@ Page = dict[int, int]
 
 
 class LowerTiers:
-    """`store` may be shared by several workers. What is not ours to read is junk: state -1."""
+    """`store` may be shared by several workers. What is not ours to read is junk."""
 
     def __init__(self, runner: PagedRunner, store: dict[bytes, Page], seed: int) -> None:
         self._runner = runner
@@ -23,16 +23,15 @@ class LowerTiers:
 
     def move(self, copies: Copies, actions: list[StoreAction]) -> None:
         """As the rank's loop does: saves, loads, then the store hears of it."""
-        slots, size = self._runner.slots, self._runner.page_size
+        size = self._runner.page_size
         for device_page, host_page in copies.saves:
-            self._host[host_page] = {slot: slots.get((device_page, slot), -1) for slot in range(size)}
+            self._host[host_page] = self._runner.read_page(device_page)
         for host_page, device_page in copies.loads:
-            for slot in range(size):
-                slots[device_page, slot] = self._host[host_page][slot]
+            self._runner.write_page(device_page, self._host[host_page])
         for action in actions:
             if isinstance(action, Read):
                 for page in action.host_pages:
-                    self._host[page] = dict.fromkeys(range(size), -1)
+                    self._host[page] = dict.fromkeys(range(size), JUNK)
             self._actions.append(action)
 
     def answer(self) -> list[StoreEvent]:

@@ -35,6 +35,9 @@ def submit(
     )
 
 
+STEP_ERROR = ErrorInfo("InternalServerError", 500, "the model step failed: out of memory", retryable=True)
+
+
 class Ledger:
     """What clients saw. Fails at the second finish of a rid, and at anything after the first."""
 
@@ -90,21 +93,42 @@ class Worker:
         events = self.lower.answer()
         for event in events:
             self.scheduler.on_store_event(event, self.now)
-        batch = self.begin_step()
-        if batch is not None:
-            self.scheduler.check_integrity()
-            output = self.runner.run(batch)
-            self.ledger.take(self.scheduler.apply(output, self.now))
+        while self.begin_step() is not None:
+            pass
+        ran = self.end_step()
         self.ledger.take(self.scheduler.drain_outputs(self.now))
         self.move()
-        self.scheduler.check_integrity()
-        return batch is not None or not self.lower.is_settled or self._waits()
+        self.check()
+        return ran or not self.lower.is_settled or self._waits()
 
     def begin_step(self) -> ForwardBatch | None:
         """Schedule, and bring the pages where the step needs them."""
         batch = self.scheduler.schedule(self.now)
         self.move()
+        if batch is not None:
+            self.runner.submit(batch)
+        self.check()
         return batch
+
+    def end_step(self, fails: bool = False) -> bool:
+        """The oldest step in flight; False if there is none."""
+        if not self.scheduler.num_in_flight:
+            return False
+        if fails:
+            self.runner.fail()
+            self.ledger.take(self.scheduler.fail_step(STEP_ERROR, self.now))
+        else:
+            self.ledger.take(self.scheduler.apply(self.runner.collect(), self.now))
+        self.check()
+        return True
+
+    def check(self) -> None:
+        """Every page has one owner, and what steps in flight use is neither free nor could be."""
+        self.scheduler.check_integrity()
+        nodes = self.cache._tree.nodes()
+        evictable = (page for node in nodes if not node.lock_count for page in node.pages)
+        lost = {*self.cache._pool.free_pages, *evictable} & self.runner.pages_in_flight()
+        assert not lost, f"pages {lost} may be given to others under a step in flight"
 
     def move(self) -> None:
         self.lower.move(self.scheduler.drain_copies(), self.scheduler.drain_store_actions())
@@ -179,7 +203,7 @@ class Pair:
         for i, page in enumerate(sent.page_ids):
             idx = sent.first_page_idx + i - target.first_page_idx
             assert 0 <= idx < len(target.page_ids), "a page that the decode side did not ask for"
-            self.decode.runner.copy_page(self.prefill.runner, page, target.page_ids[idx])
+            self.decode.runner.write_page(target.page_ids[idx], self.prefill.runner.read_page(page))
         if sent.first_token is not None:
             self._check_complete(sent.room, target)
             self._close(sent.room)

@@ -62,6 +62,7 @@ CONFIGS: dict[str, st.SearchStrategy[Any]] = {
     "page_size": st.sampled_from([1, 2, 4]),
     "shared": st.sampled_from([True, True, False]),
     "tiers": st.none() | TIERS,
+    "pipeline_depth": st.sampled_from([1, 2, 4]),
 }
 
 
@@ -123,14 +124,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.worker.step()
 
-    @rule(data=st.data())
-    def abort_in_flight(self, data: st.DataObject) -> None:
-        scheduler, worker = self.worker.scheduler, self.worker
-        batch = worker.begin_step()
-        if batch is not None:
-            scheduler.abort(data.draw(st.sampled_from(self.sent)).rid, "gone", worker.now)
-            scheduler.check_integrity()
-            worker.ledger.take(scheduler.apply(worker.runner.run(batch), worker.now))
+    @rule(passed_s=st.sampled_from([0.0, 0.0, 0.06]))
+    def begin_step(self, passed_s: float) -> None:
+        self.worker.begin_step()
+        self.worker.now += passed_s
+
+    @rule(fails=st.sampled_from([False, False, True]))
+    def end_step(self, fails: bool) -> None:
+        self.worker.end_step(fails)
 
     @rule()
     def flush(self) -> None:
@@ -192,6 +193,15 @@ class PairMachine(RuleBasedStateMachine):
             self.pair.fail(data.draw(st.sampled_from(rooms)), "broken")
             self.settle()
 
+    @rule(side=st.sampled_from(["prefill", "decode"]), ends=st.booleans())
+    def half_step(self, side: str, ends: bool) -> None:
+        worker: Worker = getattr(self.pair, side)
+        if ends:
+            worker.end_step()
+        else:
+            worker.begin_step()
+        self.settle()
+
     @rule(side=st.sampled_from(["prefill", "decode"]), count=st.integers(1, 4))
     def steps(self, side: str, count: int) -> None:
         for _ in range(count):
@@ -212,7 +222,7 @@ class PairMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         for worker in (self.pair.prefill, self.pair.decode):
             worker.ledger.take(worker.scheduler.drain_outputs(worker.now))
-            worker.scheduler.check_integrity()
+            worker.check()
         self.pair.pump_actions()
 
     def teardown(self) -> None:

@@ -36,7 +36,7 @@ def put_kv(worker: Worker, request: Submit, action: Receive) -> None:
     source.step()
     pages = source.scheduler._life.live["source"].pages
     for i, page in enumerate(action.page_ids):
-        worker.runner.copy_page(source.runner, pages[action.first_page_idx + i], page)
+        worker.runner.write_page(page, source.runner.read_page(pages[action.first_page_idx + i]))
 
 
 def start_receiving(worker: Worker, request: Submit) -> Receive:
