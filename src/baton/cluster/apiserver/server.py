@@ -16,10 +16,35 @@ import uvicorn
 from baton.cluster.apiserver.app import ApiServer
 
 JSON = dict[str, Any]
+LAST_ANSWERS_S = 0.1
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process belongs to the caller."""
+    """uvicorn without its signal handlers, as the process belongs to the caller; `stop` is heard at once, not at the next
+    tenth of a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stop.set()
+
+    async def main_loop(self) -> None:
+        seconds = 0
+        while not await self.on_tick(10 * seconds):  # uvicorn counts tenths; the tick renews the Date header
+            seconds = (seconds + 1) % 86400
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 1.0)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if self.server_state.tasks:  # short ones may answer; watches are endless, and their clients come back by themselves
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_ANSWERS_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -39,8 +64,7 @@ class Serving:
 
     async def close(self) -> None:
         """Ends open streams and stops listening."""
-        self._server.should_exit = True
-        self._server.force_exit = True  # watches are endless: their clients come back by themselves
+        self._server.stop()
         await self._task
         await self._app.stop()
 
@@ -66,7 +90,6 @@ async def serve(app: ApiServer, host: str = "127.0.0.1", port: int = 0) -> Servi
         ws="wsproto",
         ws_max_size=16 * 1024 * 1024,
         timeout_keep_alive=300,
-        timeout_graceful_shutdown=1,
         backlog=1024,
         server_header=False,
     )
