@@ -35,7 +35,7 @@ def launch(service: Service, name: str, command: str, port: int | None) -> Proce
         popen = subprocess.Popen(
             [sys.executable, "-m", "sglang.launch_server", "--model-path", str(service.model), *command.split(), *listen],
             stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
-            env={**os.environ, **service.environment, "PYTHONPATH": str(STANDINS)},
+            env={**os.environ, **service.environment, "PYTHONPATH": f"{STANDINS}:{STANDINS.parents[1]}"},
         )  # fmt: skip
     process = Process(name, f"http://127.0.0.1:{port}", popen, log)
     service.processes[name] = process
@@ -83,6 +83,13 @@ def lose_a_rank(leader: Process, follower: Process) -> None:
     assert "rank 1 (node 1)" in error["message"]
     assert leader.popen.wait(15) == 1
     assert "rank 1 (node 1) is gone" in leader.tail()
+
+
+def test_a_leader_that_is_told_to_stop_ends_both_nodes_without_failure(group: Service) -> None:
+    leader, follower = group.processes["node-0"], group.processes["node-1"]
+    leader.popen.terminate()
+    assert (leader.popen.wait(15), follower.popen.wait(15)) == (0, 0)
+    assert "rank 0 was told to stop" in follower.tail()
 
 
 def test_prefill_with_two_ranks_and_decode_with_one(demo_model: Path, tmp_path: Path, aggregated: Process) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args
 from baton.engine.distributed.node import run_node
+from baton.engine.distributed.processes import stop_ranks
 from baton.engine.server.channel import ChannelAddress
 from baton.engine.server.dialect import Dialect
 from baton.engine.server.main import bind, run_server
@@ -20,8 +21,6 @@ from baton.engine.weights.resolve import resolve_model
 from baton.protocol.errors import BatonError
 
 logger = logging.getLogger(__name__)
-
-RANK_STOP_TIMEOUT_S = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,8 +49,9 @@ def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG)
         [sys.executable, "-m", "baton.engine.rank", str(os.getpid()), address.directory, *argv, *overrides],
         stdin=subprocess.DEVNULL,
     )
+    status = 1
     try:
-        return run_server(
+        status = run_server(
             args,
             address,
             [rank.pid],
@@ -60,8 +60,8 @@ def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG)
             model_path=model_path,
             dialect=dialect,
         )
+        return status
     finally:
         # The rank ignores signals that a terminal sends to both: it ends when this process says so.
-        rank.kill()
-        rank.wait(RANK_STOP_TIMEOUT_S)
+        stop_ranks([rank], on_purpose=status == 0)
         address.remove()

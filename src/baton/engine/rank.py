@@ -19,7 +19,7 @@ from baton.engine.args import EngineArgs, parse_engine_args
 from baton.engine.assemble import Engine, assemble
 from baton.engine.batch import ForwardBatch
 from baton.engine.distributed.lead import lead_group
-from baton.engine.distributed.processes import die_with_parent
+from baton.engine.distributed.processes import die_with_parent, end_when_told
 from baton.engine.scheduler.pd import AbortTransfer, Action, Expect, Receive, SendPages
 from baton.engine.server.channel import ChannelAddress, RankChannel
 from baton.protocol.errors import BatonError, ErrorInfo
@@ -216,6 +216,7 @@ def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) 
     group, reason = None, "rank 0 ended"
     try:
         group = lead_group(args, flags, address)
+        end_when_told(group.say_stopped if group is not None else lambda: None)
         engine = assemble(args, channel.wake, group)
         channel.send(engine.ready)
         channel.start_beats()

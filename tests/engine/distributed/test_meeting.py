@@ -165,6 +165,19 @@ def test_the_last_words_of_a_rank_are_passed_on() -> None:
     beat.close()
 
 
+def test_a_peer_that_ends_on_purpose_is_no_loss() -> None:
+    ours, theirs = socket.socketpair()
+    ends: list[tuple[str, str]] = []
+    beat = Heartbeat(
+        {"rank 0": ours}, lambda words: ends.append(("lost", words)), lambda words: ends.append(("stop", words))
+    )
+    beat.start()
+    Heartbeat({"rank 1": theirs}, lambda words: None).close("rank 0 was told to stop", on_purpose=True)
+    beat.join(WAIT_S)
+    assert ends == [("stop", "rank 0 was told to stop")]
+    beat.close()
+
+
 def test_closing_on_purpose_is_no_loss() -> None:
     beat, theirs, reasons, _ = pair()
     with theirs:

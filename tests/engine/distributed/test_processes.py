@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.fakes.rank_group import WAIT_S, RankGroup, generate, random_prompts, 
 
 from baton.engine.distributed.connect import COLLECTIVE
 from baton.engine.distributed.control import GroupError
+from baton.engine.distributed.processes import stop_ranks
 from baton.engine.kernels.native import load_kernels
 
 PROMPTS = random_prompts(40, 7, 133)
@@ -74,6 +77,29 @@ def test_followers_end_with_their_leader(model: Path) -> None:
     with RankGroup(model, 2) as group:
         pass
     assert [one.exitcode for one in group.followers] == [1]
+
+
+def test_followers_of_a_leader_that_was_told_to_stop_end_without_failure(model: Path) -> None:
+    with RankGroup(model, 3) as group:
+        group.group.say_stopped()
+    assert [one.exitcode for one in group.followers] == [0, 0]
+
+
+def test_a_rank_that_is_told_to_stop_says_goodbye_whatever_it_is_doing() -> None:
+    code = (
+        "import time; from baton.engine.distributed.processes import end_when_told\n"
+        "end_when_told(lambda: print('goodbye', flush=True)); print('up', flush=True); time.sleep(60)"
+    )
+    ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    words = [one.stdout for one in ranks]
+    assert all(one is not None and one.readline() == "up\n" for one in words)
+    stop_ranks(ranks[:1], on_purpose=True)
+    stop_ranks(ranks[1:], on_purpose=False)
+    assert [one.read() for one in words if one is not None] == ["goodbye\n", ""]
+    assert [one.returncode for one in ranks] == [0, -signal.SIGKILL]
+    for one in words:
+        assert one is not None
+        one.close()
 
 
 def test_ranks_that_were_started_differently_say_how(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

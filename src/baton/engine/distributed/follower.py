@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args, split_address
+from baton.engine.distributed.control import GroupError
 from baton.engine.distributed.group import FollowerGroup
 from baton.engine.distributed.messages import (
     AbortRoom,
@@ -22,7 +23,7 @@ from baton.engine.distributed.messages import (
     decode_step,
 )
 from baton.engine.distributed.pipeline import stage_part
-from baton.engine.distributed.processes import die_with_parent, end_process, start_siblings
+from baton.engine.distributed.processes import die_with_parent, end_process, leave, start_siblings
 from baton.engine.distributed.tiers import FollowingTiers, agree_host_pages
 from baton.engine.distributed.topology import Topology, plan_topology
 from baton.engine.handover import follow_transfer
@@ -37,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) -> int:
-    """Run until the group ends. Returns the exit status, which is never 0: a group ends as a whole or by failure."""
+    """Run until the group fails. Returns the exit status, which is never 0: when rank 0 stops on purpose the process ends in here."""
     assert args.dist_init_addr is not None, "args has checked it"
     name = topology.name_of(topology.rank)
-    group = FollowerGroup(topology, split_address(args.dist_init_addr), args.dist_timeout_s, end_process)
+    group = FollowerGroup(topology, split_address(args.dist_init_addr), args.dist_timeout_s, end_process, leave)
     reason = "it ended"
     try:
         device = choose_device(args, topology.local_rank)
@@ -78,6 +79,8 @@ def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) ->
                     tiers.obey(order)
     except (BatonError, OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
+        if isinstance(error, GroupError):
+            group.await_last_words()
         return 1
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"  # the leader must hear of it before the traceback ends this process

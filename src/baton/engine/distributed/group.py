@@ -24,6 +24,7 @@ from baton.engine.distributed.topology import Topology
 OnLost = Callable[[str], None]
 LOAD_TIMEOUT_S = 1800.0
 """Between the first and the last rank whose weights are there."""
+LAST_WORDS_S = 1.0
 
 
 class Group(Protocol):
@@ -108,6 +109,11 @@ class LeaderGroup:
         """By rank, complete after `agree`."""
         return self._leader.controls
 
+    def say_stopped(self) -> None:
+        """Tell the others that this end is no failure. The process ends next."""
+        if self._heartbeat is not None:
+            self._heartbeat.close("rank 0 was told to stop", on_purpose=True)
+
     def close(self, last_words: str = "") -> None:
         """The others end when they hear of it."""
         if self._heartbeat is not None:
@@ -118,11 +124,14 @@ class LeaderGroup:
 
 
 class FollowerGroup:
-    """Any other rank."""
+    """Any other rank. In the heartbeat's thread run `on_lost(reason)` when the leader is gone, and `on_stop(words)` when it ends on
+    purpose."""
 
-    def __init__(self, topology: Topology, address: tuple[str, int], timeout_s: float, on_lost: OnLost) -> None:
+    def __init__(
+        self, topology: Topology, address: tuple[str, int], timeout_s: float, on_lost: OnLost, on_stop: OnLost
+    ) -> None:
         self.topology = topology
-        self._address, self._timeout_s, self._on_lost = address, timeout_s, on_lost
+        self._address, self._timeout_s, self._on_lost, self._on_stop = address, timeout_s, on_lost, on_stop
         self._control: Connection | None = None
         self._heartbeat: Heartbeat | None = None
         self._parts: Connected | None = None
@@ -131,7 +140,7 @@ class FollowerGroup:
     def agree(self, facts: dict[str, str], num_pages: int) -> int:
         hello = Hello(self.topology.rank, facts, num_pages)
         self._control, watch, welcome = join(self.topology, self._address, hello, self._timeout_s)
-        self._heartbeat = Heartbeat({f"rank 0 at {self._address[0]}": watch}, self._on_lost)
+        self._heartbeat = Heartbeat({f"rank 0 at {self._address[0]}": watch}, self._on_lost, self._on_stop)
         self._heartbeat.start()
         return welcome.num_pages
 
@@ -169,6 +178,11 @@ class FollowerGroup:
         if not isinstance(message, FromLeader):
             raise GroupError(f"rank 0 sent {type(message).__name__} where a step belongs")
         return message
+
+    def await_last_words(self) -> None:
+        """After a connection broke: what the leader has to say may come a moment later, and ends this process."""
+        if self._heartbeat is not None:
+            self._heartbeat.join(LAST_WORDS_S)
 
     def send(self, message: FromFollower) -> None:
         """From any thread. Raises `GroupError` when the leader is gone."""

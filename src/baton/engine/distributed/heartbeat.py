@@ -20,21 +20,26 @@ LIMIT_S = 10.0
 MAX_WORDS_BYTES = 2000
 BEAT = b"."
 """Anything else is a peer's last words, up to the end of the connection."""
+ON_PURPOSE = b"!"
+"""Before last words: the end is no failure."""
 
 
 class Heartbeat:
-    """`peers`: name -> connected socket, owned from now on. `on_lost(reason)` is called at most once, in the thread."""
+    """`peers`: name -> connected socket, owned from now on. `on_lost(reason)` is called at most once, in the thread; instead of it
+    `on_stop(words)`, where given, when a peer ends on purpose."""
 
     def __init__(
         self,
         peers: dict[str, socket.socket],
         on_lost: Callable[[str], None],
+        on_stop: Callable[[str], None] | None = None,
         *,
         interval_s: float = INTERVAL_S,
         limit_s: float = LIMIT_S,
     ) -> None:
         self._peers = peers
-        self._on_lost = on_lost
+        self._on_lost, self._on_stop = on_lost, on_stop or on_lost
+        self._is_stop = False
         self._interval_s, self._limit_s = interval_s, limit_s
         self._stop_read, self._stop_write = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -42,27 +47,33 @@ class Heartbeat:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self, last_words: str = "") -> None:
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end that a peer may be about to tell."""
+        self._thread.join(timeout_s)
+
+    def close(self, last_words: str = "", *, on_purpose: bool = False) -> None:
         """Stop; peers that are told nothing see an end without a reason."""
         with contextlib.suppress(OSError):
             self._stop_write.send(b".")
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(self._limit_s)
-        self._say(last_words)
+        self._say(last_words.encode(), ON_PURPOSE if on_purpose else b"")
         for one in (*self._peers.values(), self._stop_read, self._stop_write):
             one.close()
 
     def _run(self) -> None:
         reason = self._watch()
-        if reason is not None:
-            self._say(reason)
+        if reason is not None and self._is_stop:
+            self._on_stop(reason)
+        elif reason is not None:
+            self._say(reason.encode())
             self._on_lost(reason)
 
-    def _say(self, words: str) -> None:
+    def _say(self, words: bytes, mark: bytes = b"") -> None:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.settimeout(0.5)
-                peer.sendall(words.encode()[:MAX_WORDS_BYTES])
+                peer.sendall(mark + words[:MAX_WORDS_BYTES])
 
     def _watch(self) -> str | None:
         """Why the group is broken; None when `close` was called."""
@@ -98,5 +109,6 @@ class Heartbeat:
             return f"{name} is gone: {error.strerror}"
         words = data.lstrip(BEAT)
         if words:
-            return words.decode(errors="replace")
+            self._is_stop = words.startswith(ON_PURPOSE)
+            return words.removeprefix(ON_PURPOSE).decode(errors="replace")
         return None if data else f"{name} is gone: its connection was closed"

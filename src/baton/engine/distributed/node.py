@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton.engine.args import EngineArgs
+from baton.engine.distributed.processes import stop_ranks
 from baton.engine.server.channel import FROZEN_S, ChannelAddress, ServerChannel
 from baton.engine.server.main import bind, http_server
 from baton.engine.weights.resolve import resolve_model
@@ -26,12 +27,11 @@ from baton.protocol.rank import Fatal, FromRank, Ready
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 10.0
 FATAL_GRACE_S = 0.2
 
 
 def run_node(args: EngineArgs, argv: Sequence[str]) -> int:
-    """Serve until SIGTERM, SIGINT or the end of the group. Returns the exit status: 0 after a signal, else 1."""
+    """Serve until SIGTERM, SIGINT or the end of the group. Returns the exit status: 0 when this node or rank 0 was told to stop, else 1."""
     default = EngineArgs()
     wants_health = (args.host, args.port) != (default.host, default.port)
     health_socket = bind(args.host, args.port) if wants_health else None
@@ -43,18 +43,21 @@ def run_node(args: EngineArgs, argv: Sequence[str]) -> int:
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        return asyncio.run(_Node(args, address, rank.pid, health_socket).run())
+        return asyncio.run(_Node(args, address, rank, health_socket).run())
     finally:
-        rank.kill()
-        rank.wait(STOP_TIMEOUT_S)
+        stop_ranks([rank], on_purpose=False)
         address.remove()
 
 
 class _Node:
     def __init__(
-        self, args: EngineArgs, address: ChannelAddress, rank_pid: int, health_socket: socket.socket | None
+        self,
+        args: EngineArgs,
+        address: ChannelAddress,
+        rank: subprocess.Popen[bytes],
+        health_socket: socket.socket | None,
     ) -> None:
-        self._args, self._rank_pid, self._health_socket = args, rank_pid, health_socket
+        self._args, self._rank, self._health_socket = args, rank, health_socket
         self._channel = ServerChannel(address)
         self._is_ready = False
         self._ended: asyncio.Event = asyncio.Event()
@@ -108,10 +111,12 @@ class _Node:
     def _watched_rank(self) -> Iterator[None]:
         """The node ends with its rank, a moment later: the rank's last words may still be on their way."""
         loop = asyncio.get_running_loop()
-        descriptor = os.pidfd_open(self._rank_pid)
+        descriptor = os.pidfd_open(self._rank.pid)
 
         def on_exit() -> None:
             loop.remove_reader(descriptor)
+            if self._rank.poll() == 0:
+                self._status = 0
             loop.call_later(FATAL_GRACE_S, self._ended.set)
 
         loop.add_reader(descriptor, on_exit)
