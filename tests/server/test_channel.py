@@ -59,9 +59,9 @@ async def test_a_stopped_rank_is_lost_and_its_requests_may_be_retried(
     client = EngineClient(channel, None, stage="prefill")
     client.start()
     job = client.submit([Submit(rid="a", input_ids=[5], sampling=SamplingParams())], stream_interval=None)
-    watch = asyncio.create_task(client.watch_beats(0.5))
+    await asyncio.wait_for(channel.until_silent(0.001), WAIT_S)  # between its first two beats
     rank.send_signal(signal.SIGSTOP)
-    await asyncio.wait_for(watch, WAIT_S)
+    await asyncio.wait_for(client.watch_beats(0.5), WAIT_S)
     assert job.is_done and job.error is not None
     assert job.error.retryable and "stood still for 0.5 s" in job.error.message
     with pytest.raises(RequestError, match="stood still"):
@@ -89,6 +89,7 @@ async def test_silence_is_counted_in_own_ticks_from_the_first_beat_on(
 
 async def test_a_rank_in_a_debugger_may_be_silent(channel: ServerChannel, rank: subprocess.Popen[bytes]) -> None:
     channel.start(lambda message: None)
+    await asyncio.wait_for(channel.until_silent(0.001), WAIT_S)  # between its first two beats
     rank.send_signal(signal.SIGSTOP)  # of all threads; attaching takes one
     if ctypes.CDLL(None).ptrace(PTRACE_ATTACH, rank.pid, None, None):
         pytest.skip("tracing is not allowed here")
