@@ -43,7 +43,7 @@ class _Server(uvicorn.Server):
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        if self.server_state.tasks:  # short ones may answer; watches are endless, and their clients come back by themselves
+        if self.server_state.tasks:  # most end at once; watches are endless, and their clients come back by themselves
             await asyncio.wait(self.server_state.tasks, timeout=LAST_ANSWERS_S)
 
     @contextlib.contextmanager
