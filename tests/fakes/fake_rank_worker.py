@@ -39,7 +39,7 @@ def rank_main(directory: str, behaviour: str, model: str) -> None:
 
 
 def main() -> int:
-    from baton.engine.server.main import bind, run_server
+    from baton.engine.server.main import EngineProcess, bind, run_server
 
     model, ready_file, behaviour, *flags = sys.argv[1:]
     args = parse_engine_args(["--model-path", model, *flags])
@@ -52,7 +52,8 @@ def main() -> int:
     bootstrap_port = bootstrap_socket.getsockname()[1] if bootstrap_socket else 0
     Path(ready_file).write_text(f"{http_socket.getsockname()[1]} {bootstrap_port} {rank.pid}")
     try:
-        return run_server(args, address, [rank.pid], http_socket=http_socket, bootstrap_socket=bootstrap_socket)
+        engines = [EngineProcess(address, rank.pid)]
+        return run_server(args, engines, http_socket=http_socket, bootstrap_socket=bootstrap_socket)
     finally:
         assert "torch" not in sys.modules, "the HTTP process must not load torch"
         rank.kill()

@@ -20,6 +20,8 @@ from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient
 from baton.engine.server.context import ServerContext, stage_of
 from baton.engine.server.dialect import Dialect
+from baton.engine.server.dispatch import dispatcher_of
+from baton.engine.server.engines import Engines
 from baton.engine.server.main import HttpServer, bind, chat_template, http_server, warm_up
 from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
@@ -44,14 +46,20 @@ class Bed:
 
     url: str
     ctx: ServerContext
-    rank: FakeRank
+    ranks: list[FakeRank]
+    """Of each engine (--dp-size)."""
     http: httpx2.AsyncClient
     tokenizer: TextTokenizer
 
+    @property
+    def rank(self) -> FakeRank:
+        return self.ranks[0]
+
     def say(self, text: str) -> None:
-        """What the rank answers from now on; an end-of-sequence token follows."""
+        """What the ranks answer from now on; an end-of-sequence token follows."""
         token_ids = self.tokenizer.encode(text)
-        self.rank.reply = lambda _: token_ids
+        for rank in self.ranks:
+            rank.reply = lambda _: token_ids
 
     @property
     def openai(self) -> AsyncOpenAI:
@@ -77,27 +85,35 @@ def start(tokenizer: TextTokenizer) -> Start:
     @contextlib.asynccontextmanager
     async def started(*flags: str, dialect: Dialect = SGLANG, **rank_options: Any) -> AsyncIterator[Bed]:
         args = engine_args(["--model", MODEL, *flags])
-        address = ChannelAddress.create()
-        channel = ServerChannel(address)
-        rank = FakeRank(address, lambda _: tokenizer.encode("Hello there, world!"), **rank_options)
-        rank.is_prefill = args.disaggregation_mode == "prefill"
-        rank.start()
+        addresses = [ChannelAddress.create() for _ in range(args.dp_size)]
+        channels = [ServerChannel(one) for one in addresses]
+        ranks = [FakeRank(one, lambda _: tokenizer.encode("Hello there, world!"), **rank_options) for one in addresses]
+        for rank in ranks:
+            rank.is_prefill = args.disaggregation_mode == "prefill"
+            rank.start()
         registry = CollectorRegistry()
         text = None if args.skip_tokenizer_init else tokenizer
         metrics = dialect.request_metrics(args, registry)
-        client = EngineClient(
-            channel, text.vocabulary if text else None, stage=stage_of(args.disaggregation_mode), metrics=metrics
+        stage = stage_of(args.disaggregation_mode)
+        vocabulary = text.vocabulary if text else None
+        engines = Engines(
+            [
+                EngineClient(one, vocabulary, stage=stage, metrics=metrics, dp_rank=args.dp_rank + index)
+                for index, one in enumerate(channels)
+            ]
         )
-        client.start()
-        await client.wait_ready(10)
+        engines.start()
+        readies = await engines.wait_ready(10)
+        engines.dispatch_by(dispatcher_of(args, READY))
         ctx = ServerContext(
-            args=args, ready=READY, client=client, tokenizer=text, chat_template=chat_template(args, text),
+            args=args, ready=READY, engines=engines, tokenizer=text, chat_template=chat_template(args, text),
             registry=registry, dialect=dialect,
-            scheduler_metrics=dialect.scheduler_metrics(args, READY, 1.0, registry),
+            scheduler_metrics=dialect.scheduler_metrics(args, readies, 1.0, registry),
         )  # fmt: skip
         assert await warm_up(ctx) is None
         ctx.is_warm = True
-        rank.received.clear()
+        for rank in ranks:
+            rank.received.clear()
         server = http_server(build_app(ctx), args, access_log=False)
         bound = bind("127.0.0.1", 0)
         server.shutdown = partial(close_at_once, server)  # type: ignore[method-assign]
@@ -107,14 +123,15 @@ def start(tokenizer: TextTokenizer) -> Start:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         try:
             async with httpx2.AsyncClient(base_url=url, timeout=20, verify=False) as http:
-                yield Bed(url, ctx, rank, http, tokenizer)
+                yield Bed(url, ctx, ranks, http, tokenizer)
         finally:
             server.force_exit = True
             server.stop()
             await serving
-            rank.stop()
-            channel.close()
-            address.remove()
+            for rank, channel, address in zip(ranks, channels, addresses, strict=True):
+                rank.stop()
+                channel.close()
+                address.remove()
 
     return started
 

@@ -23,7 +23,7 @@ async def test_health_follows_warm_up_stop_and_loss(start: Start) -> None:
         bed.ctx.is_warm, bed.ctx.is_stopping = True, True
         assert (await bed.http.get("/health_generate")).status_code == 503
         bed.ctx.is_stopping = False
-        bed.ctx.client.fail("test")
+        bed.ctx.engines.fail("test")
         assert (await bed.http.get("/health")).status_code == 503
 
 
@@ -204,7 +204,7 @@ async def test_a_lost_rank_ends_every_request_with_a_retryable_error(start: Star
             lines = stream.aiter_lines()
             assert (await anext(lines)).startswith("data: ")
             await bed.until(lambda: len(bed.rank.received_of(Submit)) == 2)
-            bed.ctx.client.fail("the test took it")
+            bed.ctx.engines.fail("the test took it")
             events = sse_events("\n".join([line async for line in lines]))
             assert events[-1] == "[DONE]"
             error = json.loads(events[-2])["error"]
@@ -228,13 +228,13 @@ async def test_requests_that_outlast_a_stopping_worker_end_with_a_retryable_erro
         async with bed.http.stream("POST", "/generate", json={"text": "a", "stream": True, "rid": "s1"}) as stream:
             lines = stream.aiter_lines()
             assert (await anext(lines)).startswith("data: ")
-            bed.ctx.client.end_all("the worker was told to stop")
+            bed.ctx.engines.end_all("the worker was told to stop")
             events = sse_events("\n".join([line async for line in lines]))
         error = json.loads(events[-2])["error"]
         assert (error["type"], error["retryable"], error["request_id"]) == ("WorkerLostError", True, "s1")
         assert events[-1] == "[DONE]"
         await bed.until(lambda: bool(bed.rank.received_of(Abort)))
-        assert bed.ctx.client.num_in_flight == 0
+        assert bed.ctx.engines.num_in_flight == 0
 
 
 async def test_the_watchdog_gives_up_a_rank_that_does_not_answer(start: Start) -> None:
@@ -242,7 +242,7 @@ async def test_the_watchdog_gives_up_a_rank_that_does_not_answer(start: Start) -
         bed.rank.is_hung = True
         request = asyncio.create_task(bed.post("/generate", {"text": "a"}))
         await bed.until(lambda: len(bed.rank.received_of(Submit)) == 1)
-        watchdog = asyncio.create_task(bed.ctx.client.watch(0.05))
+        watchdog = asyncio.create_task(bed.ctx.engines.watch(0.05))
         answer = await request
         assert answer.status_code == 503
         assert "--watchdog-timeout" in answer.json()["error"]["message"]

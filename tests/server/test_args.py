@@ -41,7 +41,23 @@ def test_manifests_commands_are_understood() -> None:
             "--tp-size 3 times --pp-size 3 must be a multiple of --nnodes 2",
         ),
         ("--pp 0", "--pp must be at least 1"),
-        ("--dp 2", "--dp-size 2: start several workers behind a router instead"),
+        (
+            "--dp 2 --tp 2 --nnodes 2 --dist-init-addr h:1",
+            "--dp-size 2 with --nnodes 2: the engines of a worker are on one",
+        ),
+        ("--dp 3 --tp 4 --enable-dp-attention", "--dp-size 3 must divide --tp-size 4 with --enable-dp-attention"),
+        (
+            "--dp 2 --load-balance-method follow_bootstrap_room",
+            "--load-balance-method follow_bootstrap_room needs --disag",
+        ),
+        (
+            '--dp 2 --kv-events-config {"publisher":"zmq","endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558"}',
+            "--kv-events-config: endpoint and replay_endpoint must be --dp-size 2 ports apart",
+        ),
+        (
+            '--dp 9 --kv-events-config {"publisher":"zmq","endpoint":"tcp://*:65530"}',
+            "--kv-events-config: port 65530 and the 8 behind it",
+        ),
         ("--ep 2", "--ep-size 2 must divide --tp-size 1"),
     ],
 )
@@ -121,7 +137,7 @@ def test_an_ambiguous_prefix_lists_the_candidates() -> None:
 @pytest.mark.parametrize(
     "flags",
     ["--quantization fp8", "--kv-cache-dtype fp8_e5m2", "--lora-paths a=b", "--json-model-override-args {}x",
-     "--dp 2", "--config f.yaml", "--node-rank 1", "--chunked-prefill-size 0", "--is-embedding"],
+     "--config f.yaml", "--node-rank 1", "--chunked-prefill-size 0", "--is-embedding"],
 )  # fmt: skip
 def test_flags_that_would_change_answers_are_refused_by_name(flags: str) -> None:
     [line] = problems(f"--model m {flags}")

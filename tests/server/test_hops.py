@@ -235,7 +235,7 @@ async def test_deadline_travels_to_the_rank_and_a_bad_one_is_refused(start: Star
 async def test_a_rank_that_lets_a_deadline_pass_is_not_waited_for(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("baton.engine.server.client.DEADLINE_GRACE_S", 0.0)
+    monkeypatch.setattr("baton.engine.server.engines.DEADLINE_GRACE_S", 0.0)
     async with start() as bed:
         bed.rank.paused.set()
         answer = await bed.http.post("/generate", json={"text": "a"}, headers={TIMEOUT_HEADER: "0.05"})
@@ -255,7 +255,7 @@ async def test_a_client_that_leaves_ends_its_sequences(start: Start, stream: boo
         with pytest.raises(asyncio.CancelledError):
             await request
         await bed.until(lambda: len(bed.rank.received_of(Abort)) == 2)
-        assert bed.ctx.client.num_in_flight == 0
+        assert bed.ctx.engines.num_in_flight == 0
 
 
 async def test_handover_fields_single_lists_and_n(start: Start) -> None:

@@ -39,10 +39,10 @@ async def test_a_prefill_server_answers_before_it_computes_and_goes_on(
         }  # fmt: skip
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == 0
-        assert bed.ctx.client.num_in_flight == 1, "the answer did not end the sequence"
+        assert bed.ctx.engines.num_in_flight == 1, "the answer did not end the sequence"
         bed.rank.give(1)
         await bed.until(lambda: not bed.ctx.background)
-        assert bed.ctx.client.num_in_flight == 0
+        assert bed.ctx.engines.num_in_flight == 0
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)

@@ -5,6 +5,7 @@ Values stay as given (None: "choose"); what the engine chooses for them is decid
 parsed (`flags`), model configuration, torch.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -23,13 +24,12 @@ from baton.engine.flags import (
     parse_flags,
     refusals,
 )
-from baton.protocol.kv_events import KvEventsConfig, parse_kv_events_config
+from baton.protocol.kv_events import DEFAULT_PORT, KvEventsConfig, parse_kv_events_config, split_endpoint
 from baton.protocol.pod import manifest_path
 
 USAGE = "usage: baton engine --model-path DIR [flags]    (python3 -m sglang.launch_server takes the same)"
 _LATER = "not served yet"
 _KERNELS = "kernels are chosen by the device"
-_ONE_ENGINE = "a worker is one engine; start several behind a router instead"
 _STORES = ("file", "mooncake", "dynamic")
 
 
@@ -100,15 +100,18 @@ class EngineArgs:
     tp_size: int = flag(1, "tensor-parallel ranks: a GPU each; a CPU host is one rank however many it is asked for", aliases=("--tp", "--tensor-parallel-size"), minimum=1)
     pp_size: int = flag(1, "pipeline stages of --tp-size ranks each; on CPUs fewer where fewer hosts are there (SGLANG_PP_LAYER_PARTITION=10,12: layers of each)", aliases=("--pp", "--pipeline-parallel-size"), minimum=1)
     pp_max_micro_batch_size: int | None = flag(None, "with several --pp-size stages: decoding requests of one step, a step of which is in each stage; none: --max-running-requests decides", aliases=("--max-micro-batch-size",), kind=int, minimum=1)
-    dp_size: int = flag(1, "data-parallel engines", aliases=("--dp", "--data-parallel-size"), minimum=1, effect="refused", reason="start several workers behind a router instead", accepts=("1",))
+    dp_size: int = flag(1, "data-parallel engines behind this worker's port, each with its own ranks and KV pool; a CPU host runs one", aliases=("--dp", "--data-parallel-size"), minimum=1)
+    dp_rank: int = flag(0, "number of the first engine, where several workers are the engines of one service: counts up the port of --kv-events-config, and names the engine in metrics", minimum=0)
+    enable_dp_attention: bool = flag(False, "attention by whole requests on each of --dp-size groups of the --tp-size ranks")
+    enable_dp_lm_head: bool = flag(False, "logits by whole requests, with --enable-dp-attention", effect="no effect", reason="logits are split by vocabulary over the --tp-size ranks; the answers are the same")
     ep_size: int = flag(1, "parts into which a layer's experts are dealt out over the --tp-size ranks; 1: every rank has a part of every expert", aliases=("--ep", "--expert-parallel-size"), minimum=1)
-    load_balance_method: str = flag("round_robin", "among data-parallel engines", effect="no effect", reason=_ONE_ENGINE)
+    load_balance_method: str = flag("auto", "which engine of --dp-size gets a prompt: round_robin; total_requests (shortest_queue): the one with the fewest; total_tokens (minimum_tokens): with the fewest tokens in progress; cache_aware: the one that had the beginning of the prompt, unless it is much busier; follow_bootstrap_room: bootstrap_room modulo the engines, which always decides on a prefill worker; auto: round_robin", choices=("auto", "round_robin", "total_requests", "shortest_queue", "total_tokens", "minimum_tokens", "cache_aware", "follow_bootstrap_room"))
     dist_init_addr: str | None = flag(None, "HOST:PORT where the ranks meet, on the host of --node-rank 0", aliases=("--nccl-init-addr",))
     nnodes: int = flag(1, "nodes of this worker; only --node-rank 0 serves HTTP, the others at most /health (with --port)", minimum=1)
     node_rank: int = flag(0, "this node's number", minimum=0)
     dist_timeout: int | None = flag(None, "seconds that a rank waits for the others at start; none: 1800", kind=int, minimum=1)
-    base_gpu_id: int = flag(0, "first GPU", minimum=0, effect="not served", reason="the current CUDA device is used; choose it with CUDA_VISIBLE_DEVICES")
-    gpu_id_step: int = flag(1, "GPUs between two ranks", minimum=1, effect="not served", reason="ranks of a host use consecutive GPUs")
+    base_gpu_id: int = flag(0, "first GPU, counted in CUDA_VISIBLE_DEVICES where that is set", minimum=0, effect="gpu only", reason="ranks run on the CPU")
+    gpu_id_step: int = flag(1, "from one rank's GPU to the next one's", minimum=1, effect="gpu only", reason="ranks run on the CPU")
 
     # Kernels.
     attention_backend: str | None = flag(None, "attention kernels: torch_native or cpu; none: the device's best", effect="not served", reason=_KERNELS, accepts=("torch_native", "cpu", "auto"))
@@ -160,7 +163,7 @@ class EngineArgs:
     disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel: shared memory on one host and TCP between hosts, whichever of SGLang's names is given; tcp: never shared memory; fake: not at all", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "auto", "tcp", "fake"))
     disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0, maximum=65535)
     disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
-    disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
+    disaggregation_decode_dp: int | None = flag(None, "decode engines; none: as here", kind=int, minimum=1, effect="no effect", reason="a decode worker picks the engine of a request by itself")
     disaggregation_prefill_pp: int = flag(1, "stages of the prefill workers", minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
     disaggregation_ib_device: str | None = flag(None, "RDMA devices", effect="no effect", reason="RDMA is not used")
     disaggregation_decode_enable_offload_kvcache: bool = flag(False, "decode puts the KV of what it generated into the store, for the next turn's prefill")
@@ -172,7 +175,7 @@ class EngineArgs:
     disaggregation_decode_extra_slots: int | None = flag(None, "requests in transfer beside the running ones", kind=int, effect="not served", reason="requests in transfer are bounded by pages")
     disaggregation_decode_host_receive_threshold: float = flag(1.0, "when to receive into host memory", effect="not served", reason="pages are received into the device pool")
     num_reserved_decode_tokens: int = flag(512, "tokens kept free for each running request on decode", minimum=0)
-    prefill_round_robin_balance: bool = flag(False, "among data-parallel prefills", effect="no effect", reason=_ONE_ENGINE)
+    prefill_round_robin_balance: bool = flag(False, "among data-parallel prefill engines", effect="no effect", reason="bootstrap_room picks the prefill engine, and decode asks the prefill worker how many there are")
     enable_pd_role_switch: bool = flag(False, "change roles while running", effect="not served", reason="a worker keeps its role")
     pdlb_url: str | None = flag(None, "register with a load balancer", effect="not served", reason="name this worker on the router's command line")
     # fmt: on
@@ -235,12 +238,49 @@ def _refusals(args: EngineArgs) -> list[str]:
             problems.append(str(error))
     if args.chunked_prefill_size == 0:
         problems.append("--chunked-prefill-size must be -1 (no chunking) or at least 1, got 0")
+    problems += _dp_refusals(args)
     problems += _tier_refusals(args)
     if args.disaggregation_mode == "decode":
         for field in ("disaggregation_decode_tp", "disaggregation_decode_dp"):
             if getattr(args, field) is not None:
                 problems.append(f"{option(field)} is for prefill workers; this one is decode")
     return problems
+
+
+def _dp_refusals(args: EngineArgs) -> list[str]:
+    if args.dp_size == 1:
+        return []
+    if args.enable_dp_attention:
+        if args.tp_size % args.dp_size:
+            return [f"--dp-size {args.dp_size} must divide --tp-size {args.tp_size} with --enable-dp-attention"]
+        return []
+    problems = []
+    if args.nnodes > 1:
+        problems.append(
+            f"--dp-size {args.dp_size} with --nnodes {args.nnodes}: the engines of a worker are on one host, unless "
+            "--enable-dp-attention makes them one; start a worker on each host, and a router in front"
+        )
+    if args.load_balance_method == "follow_bootstrap_room" and args.disaggregation_mode == "null":
+        problems.append("--load-balance-method follow_bootstrap_room needs --disaggregation-mode prefill or decode")
+    with contextlib.suppress(ValueError):  # `_refusals` says what is wrong with it
+        problems += [] if args.kv_events is None else _event_port_refusals(args, args.kv_events)
+    return problems
+
+
+def _event_port_refusals(args: EngineArgs, events: KvEventsConfig) -> list[str]:
+    """Every engine counts up from the ports that are given."""
+    given = (events.endpoint or f"tcp://*:{DEFAULT_PORT}", events.replay_endpoint)
+    ports = [split_endpoint(one)[1] + args.dp_rank for one in given if one is not None]
+    if max(ports) + args.dp_size > 65536:
+        return [
+            f"--kv-events-config: port {max(ports)} and the {args.dp_size - 1} behind it (--dp-size) are not all ports"
+        ]
+    if len(ports) == 2 and abs(ports[0] - ports[1]) < args.dp_size:
+        return [
+            f"--kv-events-config: endpoint and replay_endpoint must be --dp-size {args.dp_size} ports apart, since every "
+            f"engine counts up from both; got {ports[0]} and {ports[1]}"
+        ]
+    return []
 
 
 def _tier_refusals(args: EngineArgs) -> list[str]:
@@ -302,6 +342,12 @@ def start_notes(args: EngineArgs, device: str) -> list[str]:
         notes.append("--pp-max-micro-batch-size has no effect without --pp-size above 1")
     if args.kv_events_config is not None and args.disable_radix_cache:
         notes.append("--kv-events-config has no effect: with --disable-radix-cache nothing is cached")
+    if (
+        args.dp_size > 1
+        and args.disaggregation_mode == "prefill"
+        and args.load_balance_method not in ("auto", "follow_bootstrap_room")
+    ):
+        notes.append("--load-balance-method has no effect on a prefill worker: bootstrap_room picks the engine")
     if args.max_queued_requests is not None and args.disaggregation_mode != "null":
         notes.append(
             "--max-queued-requests has no effect: with prefill-decode disaggregation the router bounds requests"

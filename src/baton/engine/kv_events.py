@@ -154,7 +154,7 @@ def open_kv_events(args: EngineArgs, cache: PrefixCache, page_size: int) -> Call
     config = args.kv_events
     if config is None or not isinstance(cache, KeyedCache):
         return None
-    publisher = KvEventPublisher(config, listen_host(args.host), page_size)
+    publisher = KvEventPublisher(config, listen_host(args.host), page_size, args.dp_rank)
     return lambda: publisher.publish(cache.take_kv_events())
 
 

@@ -1,9 +1,9 @@
-"""One worker: bind the ports, start the rank process, serve HTTP in this one.
+"""Start one worker: a rank process for each of its engines beside the HTTP process that this one becomes, or the ranks of one more node.
 
-Front door of `baton engine` and of `python3 -m sglang.launch_server`. Ports are bound first, so that a port in use is an error
-at once and not after the model has loaded.
+Owns the processes and the sockets that must exist before them. Not here: what either process does (`rank`, `server.main`).
 """
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args
+from baton.engine.distributed.engines import EnginePlan, plan_of_host
 from baton.engine.distributed.node import run_node
 from baton.engine.distributed.processes import stop_ranks
 from baton.engine.server.channel import ChannelAddress
 from baton.engine.server.dialect import Dialect
-from baton.engine.server.main import bind, run_server
+from baton.engine.server.main import EngineProcess, bind, run_server
 from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.weights.resolve import resolve_model
 from baton.protocol.errors import BatonError
@@ -36,25 +37,30 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG) -> int:
-    """`argv`: the flags that made `args`, for the rank. Raises `BatonError` or OSError when the worker cannot start."""
+    """`argv`: the flags that made `args`, for the ranks. Raises `BatonError` or OSError when the worker cannot start."""
     model_path = resolve_model(args.model_path, args.revision)
+    plan = plan_of_host(args)
+    if plan.note is not None:
+        logger.warning("%s", plan.note)
+    # What answers, metrics and the other side of a hand-over are told is what runs.
+    args = dataclasses.replace(args, dp_size=len(plan.engines))
     http_socket = bind(args.host, args.port)
     bootstrap_socket = None
-    overrides = ["--model-path", str(model_path)]
+    overrides = ["--model-path", str(model_path), "--dp-size", str(args.dp_size)]
     if args.disaggregation_mode == "prefill":
         bootstrap_socket = bind(args.host, args.disaggregation_bootstrap_port)
         overrides += ["--disaggregation-bootstrap-port", str(bootstrap_socket.getsockname()[1])]
-    address = ChannelAddress.create()
-    rank = subprocess.Popen(
-        [sys.executable, "-m", "baton.engine.rank", str(os.getpid()), address.directory, *argv, *overrides],
-        stdin=subprocess.DEVNULL,
-    )
+    if args.dp_size > 1:
+        # The ranks of each engine meet by themselves.
+        overrides += ["--dist-init-addr", "127.0.0.1:0"]
+    engines: list[_Engine] = []
     status = 1
     try:
+        for plan_of_one in plan.engines:
+            engines.append(_Engine(plan_of_one, [*argv, *overrides]))
         status = run_server(
             args,
-            address,
-            [rank.pid],
+            [EngineProcess(one.address, one.rank.pid) for one in engines],
             http_socket=http_socket,
             bootstrap_socket=bootstrap_socket,
             model_path=model_path,
@@ -62,6 +68,20 @@ def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG)
         )
         return status
     finally:
-        # The rank ignores signals that a terminal sends to both: it ends when this process says so.
-        stop_ranks([rank], on_purpose=status == 0)
-        address.remove()
+        # The ranks ignore signals that a terminal sends to all: they end when this process says so.
+        stop_ranks([one.rank for one in engines], on_purpose=status == 0)
+        for one in engines:
+            one.address.remove()
+
+
+class _Engine:
+    """The first rank of one engine, which starts the others."""
+
+    def __init__(self, plan: EnginePlan, flags: Sequence[str]) -> None:
+        self.address = ChannelAddress.create()
+        command = [sys.executable, "-m", "baton.engine.rank", str(os.getpid()), self.address.directory]
+        self.rank = subprocess.Popen(
+            [*command, *flags, "--dp-rank", str(plan.dp_rank)],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **plan.environ},
+        )

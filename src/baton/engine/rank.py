@@ -244,7 +244,8 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     args = parse_engine_args(flags)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s rank %(name)s %(levelname)s %(message)s")
+    name = "rank" if args.dp_size == 1 else f"dp{args.dp_rank} rank"
+    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {name} %(name)s %(levelname)s %(message)s")
     return serve_rank(args, flags, ChannelAddress(directory))
 
 

@@ -24,11 +24,11 @@ REFUSED_GENERATE_FIELDS = {
 
 IGNORED_GENERATE_FIELDS = frozenset(
     (
-        "log_metrics", "modalities", "data_parallel_rank", "background", "conversation_id", "no_logs", "custom_labels",
+        "log_metrics", "modalities", "disagg_prefill_dp_rank", "background", "conversation_id", "no_logs", "custom_labels",
         "stream_options", "bootstrap_pair_key", "return_bytes", "image_max_dynamic_patch",
     )
 )  # fmt: skip
-"""Accepted without effect: they change no answer."""
+"""Accepted without effect: they change no answer. (disagg_prefill_dp_rank: the room says it, as it does to the prefill worker.)"""
 
 REFUSED_SAMPLING_FIELDS = {
     "stop_regex": "stop regexes are not served; use stop or stop_token_ids",
@@ -60,6 +60,10 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     bootstrap_host: str | list[str] | None = None
     bootstrap_port: int | list[int | None] | None = None
     bootstrap_room: int | list[int] | None = None
+    routed_dp_rank: int | None = None
+    """The data-parallel engine to use."""
+    data_parallel_rank: int | None = None
+    """Its older name."""
     baton_resume: Any = None
     """`hops.RESUME_FIELD`."""
 

@@ -32,7 +32,7 @@ REFUSED_FIELDS = {
 IGNORED_FIELDS = frozenset(
     (
         "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-        "prediction", "verbosity", "separate_reasoning", "stream_reasoning", "tool_choice", "modalities", "best_of",
+        "prediction", "verbosity", "disagg_prefill_dp_rank", "separate_reasoning", "stream_reasoning", "tool_choice", "modalities", "best_of",
     )
 )  # fmt: skip
 """Accepted without effect (the last three only with values that change no answer)."""
@@ -76,6 +76,10 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     bootstrap_host: str | list[str] | None = None
     bootstrap_port: int | list[int | None] | None = None
     bootstrap_room: int | list[int] | None = None
+    routed_dp_rank: int | None = None
+    """The data-parallel engine to use."""
+    data_parallel_rank: int | None = None
+    """Its older name."""
     kv_transfer_params: dict[str, Any] | None = None
     """vLLM's; read by its dialect."""
     baton_resume: Any = None

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton.engine.args import EngineArgs
+from baton.engine.distributed.engines import plan_of_host
 from baton.engine.distributed.processes import stop_ranks
 from baton.engine.server.channel import FROZEN_S, ChannelAddress, ServerChannel
 from baton.engine.server.main import bind, http_server
@@ -36,11 +37,13 @@ def run_node(args: EngineArgs, argv: Sequence[str]) -> int:
     wants_health = (args.host, args.port) != (default.host, default.port)
     health_socket = bind(args.host, args.port) if wants_health else None
     model_path = resolve_model(args.model_path, args.revision)
+    [engine] = plan_of_host(args).engines  # several are on one node only
     address = ChannelAddress.create()
     rank = subprocess.Popen(
         [sys.executable, "-m", "baton.engine.distributed.follower", str(os.getpid()), "0", address.directory, *argv,
          "--model-path", str(model_path)],
         stdin=subprocess.DEVNULL,
+        env={**os.environ, **engine.environ},
     )  # fmt: skip
     try:
         return asyncio.run(_Node(args, address, rank, health_socket).run())

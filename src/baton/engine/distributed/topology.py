@@ -87,11 +87,12 @@ def plan_topology(args: EngineArgs, device: str, environ: Mapping[str, str], loc
     """`device`: "cpu" or "cuda". Raises `ModelError` for a variable that is no number."""
     per_node = args.tp_size * args.pp_size // args.nnodes
     if device == "cpu":
-        per_node = min(per_node, _forced(environ))
+        per_node = min(per_node, forced_ranks_per_host(environ))
     return Topology(args.nnodes, args.node_rank, per_node, local_rank, args.tp_size, args.pp_size)
 
 
-def _forced(environ: Mapping[str, str]) -> int:
+def forced_ranks_per_host(environ: Mapping[str, str]) -> int:
+    """How many ranks may run on this CPU host. Raises `ModelError` for a variable that is no number."""
     text = environ.get(RANKS_PER_HOST, "1")
     if not text.isdigit() or int(text) < 1:
         raise ModelError(f"{RANKS_PER_HOST} must be a whole number of at least 1, got {text!r}.")

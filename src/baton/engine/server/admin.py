@@ -43,42 +43,47 @@ def fake_bootstrap(ctx: ServerContext, room: int) -> Bootstrap | None:
 
 
 async def health(ctx: ServerContext, request: Request) -> Response:
-    """200 while the rank answers, or is busy for less than `CALL_TIMEOUT_S`; 503 else."""
+    """200 while every rank answers, or is busy for less than `CALL_TIMEOUT_S`; 503 else."""
     if not _is_up(ctx):
         return Response(status_code=503)
-    if ctx.client.silence_s() == 0.0:
+    if ctx.engines.silence_s() == 0.0:
         with contextlib.suppress(RankLostError):
-            await ctx.client.state(HEALTH_WAIT_S)
-    is_hung = ctx.client.silence_s() > CALL_TIMEOUT_S
+            await ctx.engines.states(HEALTH_WAIT_S)
+    is_hung = ctx.engines.silence_s() > CALL_TIMEOUT_S
     return Response(status_code=503 if is_hung or not _is_up(ctx) else 200)
 
 
 async def health_generate(ctx: ServerContext, request: Request) -> Response:
-    """Generate one token; healthy if the rank says anything at all in time."""
+    """Generate one token on every engine; healthy if all ranks say anything at all in time."""
     if not _is_up(ctx):
         return Response(status_code=503)
     started = time.monotonic()
     number = next(_check_ids)
-    submit = Submit(
-        rid=f"HEALTH_CHECK_{time.time()}_{number}",
-        input_ids=[0],
-        sampling=SamplingParams(max_new_tokens=1, temperature=0.0),
-        bootstrap=fake_bootstrap(ctx, 2**62 + number),
-        timeout_s=CALL_TIMEOUT_S,
-    )
-    job = ctx.client.submit([submit], stream_interval=1, is_measured=False)
+    submits = [
+        Submit(
+            rid=f"HEALTH_CHECK_{time.time()}_{number}_{index}",
+            input_ids=[0],
+            sampling=SamplingParams(max_new_tokens=1, temperature=0.0),
+            bootstrap=fake_bootstrap(ctx, 2**62 + number),
+            timeout_s=CALL_TIMEOUT_S,
+        )
+        for index in range(ctx.engines.count)
+    ]
+    job = ctx.engines.submit_to_each(submits)
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             await job.changed()
+            while not ctx.engines.heard_since(started):
+                await job.changed()
     except TimeoutError:
-        return Response(status_code=200 if ctx.client.last_heard > started else 503)
+        return Response(status_code=200 if ctx.engines.heard_since(started) else 503)
     finally:
         job.close("health check is over")
-    return Response(status_code=503 if ctx.client.lost_reason else 200)
+    return Response(status_code=503 if ctx.engines.lost_reason else 200)
 
 
 def _is_up(ctx: ServerContext) -> bool:
-    return ctx.is_warm and not ctx.is_stopping and ctx.client.lost_reason is None
+    return ctx.is_warm and not ctx.is_stopping and ctx.engines.lost_reason is None
 
 
 async def model_info(ctx: ServerContext, request: Request) -> Response:
@@ -100,13 +105,8 @@ async def weight_version(ctx: ServerContext, request: Request) -> Response:
 
 
 async def server_info(ctx: ServerContext, request: Request) -> Response:
-    """The flags, the sizes of the KV pool, the rank's state; bench tools and routers read it."""
-    state = await _snapshot(ctx)
-    internal = {
-        "last_gen_throughput": state.gen_throughput,
-        "avg_spec_accept_length": None,
-        **{name: value for name, value in msgspec.structs.asdict(state).items() if name != "call_id"},
-    }
+    """The flags, the sizes of an engine's KV pool, the state of each engine; bench tools and routers read it."""
+    states = await ctx.engines.snapshots(SNAPSHOT_TIMEOUT_S)
     info = {
         **public_args(ctx.args),
         "max_total_num_tokens": ctx.ready.max_total_num_tokens,
@@ -116,7 +116,7 @@ async def server_info(ctx: ServerContext, request: Request) -> Response:
         "page_size": ctx.ready.page_size,
         "context_length": ctx.ready.context_len,
         "disaggregation_bootstrap_port": ctx.ready.bootstrap_port or ctx.args.disaggregation_bootstrap_port,
-        "internal_states": [internal],
+        "internal_states": [_internal_state(one) for one in states],
         "page_ownership": await _page_ownership(ctx),
         "ignored_request_fields": ctx.unknown_fields,
         "version": baton.__version__,
@@ -124,47 +124,49 @@ async def server_info(ctx: ServerContext, request: Request) -> Response:
     return json_response(info)
 
 
+def _internal_state(state: SchedulerState) -> dict[str, object]:
+    return {
+        "last_gen_throughput": state.gen_throughput,
+        "avg_spec_accept_length": None,
+        **{name: value for name, value in msgspec.structs.asdict(state).items() if name != "call_id"},
+    }
+
+
 async def _page_ownership(ctx: ServerContext) -> str:
     """ "ok", or what the rank's self-check found: each page must be exactly one of free, evictable, protected, in use."""
     try:
-        reply = await ctx.client.check_integrity(SNAPSHOT_TIMEOUT_S)
+        reply = await ctx.engines.check_integrity(SNAPSHOT_TIMEOUT_S)
     except RankLostError as error:
         return f"not checked: {error}"
     return "ok" if reply.ok else reply.message
 
 
 async def load(ctx: ServerContext, request: Request) -> Response:
-    state = await _snapshot(ctx)
-    num_reqs = state.num_running + state.num_waiting
-    row = {
-        "dp_rank": 0,
-        "num_reqs": num_reqs,
-        "num_waiting_reqs": state.num_waiting,
-        "num_tokens": state.num_used_tokens,
-    }
-    return json_response([row])
-
-
-async def _snapshot(ctx: ServerContext) -> SchedulerState:
-    """A fresh state, or the last one while the rank is busy."""
-    try:
-        return await ctx.client.state(SNAPSHOT_TIMEOUT_S)
-    except RankLostError:
-        return ctx.client.last_state
+    """One row for each engine."""
+    rows = [
+        {
+            "dp_rank": client.dp_rank,
+            "num_reqs": state.num_running + state.num_waiting,
+            "num_waiting_reqs": state.num_waiting,
+            "num_tokens": state.num_used_tokens,
+        }
+        for client, state in zip(ctx.engines.clients, await ctx.engines.snapshots(SNAPSHOT_TIMEOUT_S), strict=True)
+    ]
+    return json_response(rows)
 
 
 async def metrics(ctx: ServerContext, request: Request) -> Response:
-    ctx.scheduler_metrics.state = await _snapshot(ctx)
+    ctx.scheduler_metrics.states = await ctx.engines.snapshots(SNAPSHOT_TIMEOUT_S)
     return Response(generate_latest(ctx.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def flush_cache(ctx: ServerContext, request: Request) -> Response:
-    reply = await ctx.client.flush_cache()
+    reply = await ctx.engines.flush_cache()
     return Response(FLUSH_BODY, 200 if reply.ok else 400, media_type="text/plain")
 
 
 async def clear_store(ctx: ServerContext, request: Request) -> Response:
-    reply = await ctx.client.clear_store()
+    reply = await ctx.engines.clear_store()
     text = "Hierarchical cache storage backend cleared.\n" if reply.ok else f"Not cleared: {reply.message}\n"
     return Response(text, 200 if reply.ok else 400, media_type="text/plain")
 
@@ -173,7 +175,7 @@ async def abort_request(ctx: ServerContext, request: Request) -> Response:
     body = convert(await read_object(request), AbortRequest)
     if not body.abort_all and not body.rid:
         raise bad_request("rid must be given (every request whose id starts with it ends), or abort_all.", "rid")
-    ctx.client.abort("" if body.abort_all else body.rid or "", reason=body.abort_message or "Aborted")
+    ctx.engines.abort("" if body.abort_all else body.rid or "", reason=body.abort_message or "Aborted")
     return Response(status_code=200)
 
 

@@ -12,6 +12,7 @@ from baton.engine.server.generation import Generation, Job
 from baton.engine.server.intake import (
     Hop,
     Prompt,
+    dp_rank_of,
     hop_of,
     need_json_content_type,
     parse,
@@ -56,15 +57,16 @@ async def chat_completions(ctx: ServerContext, request: Request) -> Response:
     )
     hop = hop_of(request, raw, prompt.sampling.n)
     handover = handover_of(ctx, body)
+    dp_rank = dp_rank_of(request, body.routed_dp_rank, body.data_parallel_rank)
     submits = submits_of(ctx, [prompt], handover, hop, rid=body.rid, priority=body.priority or 0)
     request_id = request_id_of(submits, body.rid)
     head = head_of(ctx, "chat", request_id, hop, model, raw)
     writer = ChatWriter(ctx, body, hop, head, len(prompt.input_ids))
     early = ctx.dialect.early_answer(ctx.args, body.kv_transfer_params, handover)
     if early is not None:
-        return start_early(ctx, submits, writer, early, request_id=request_id)
+        return start_early(ctx, submits, writer, early, request_id=request_id, dp_rank=dp_rank)
     stream_interval = ctx.args.stream_interval if body.stream else None
-    return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval)
+    return start_job(ctx, submits, writer, request_id=request_id, stream_interval=stream_interval, dp_rank=dp_rank)
 
 
 def _refuse(body: ChatCompletionRequest) -> None:

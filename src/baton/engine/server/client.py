@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
 
@@ -40,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 20.0
 """How long a call may stay unanswered before the rank counts as hung (SGLang's health check time-out)."""
-DEADLINE_GRACE_S = 2.0
-"""The rank ends a request at its deadline; this process only steps in when it has not."""
-
 
 CallType = type[GetState] | type[FlushCache] | type[ClearStore] | type[DrainStore] | type[CheckIntegrity]
 
@@ -51,8 +48,12 @@ class RankLostError(BatonError):
     """The rank process died, reported that it cannot go on, or does not answer."""
 
 
+def duplicate_rid(rid: str) -> RequestError:
+    return bad_request(f"Duplicate request ID detected: {rid}", "rid")
+
+
 class EngineClient:
-    """One rank. All methods run in the event loop."""
+    """The first rank of one engine. All methods run in the event loop."""
 
     def __init__(
         self,
@@ -61,7 +62,9 @@ class EngineClient:
         *,
         stage: Stage,
         metrics: RequestObserver | None = None,
+        dp_rank: int = 0,
     ) -> None:
+        self.dp_rank = dp_rank
         self._channel = channel
         self._vocabulary = vocabulary
         self._stage: Stage = stage
@@ -75,6 +78,8 @@ class EngineClient:
         self._calls: dict[int, tuple[float, asyncio.Future[Reply | SchedulerState]]] = {}
         self._call_ids = itertools.count(1)
         self._ready: asyncio.Future[Ready] | None = None
+        self.num_tokens = 0
+        """Of the sequences in `_jobs`: their prompts, and what was generated."""
         self.last_state = SchedulerState()
         self.last_heard = time.monotonic()
         """When the rank last said anything (monotonic clock)."""
@@ -98,41 +103,42 @@ class EngineClient:
     def num_in_flight(self) -> int:
         return len(self._jobs)
 
-    @property
-    def num_requests(self) -> int:
-        """HTTP requests in progress."""
-        return len({id(job) for _, job in self._jobs.values()})
+    def jobs(self) -> Iterator[Job]:
+        """The HTTP request of each sequence in flight."""
+        return (job for _, job in self._jobs.values())
 
     def is_in_flight(self, rid: str) -> bool:
         return self._rids[rid] > 0
 
-    def submit(self, submits: Sequence[Submit | None], *, stream_interval: int | None, is_measured: bool = True) -> Job:
-        """Start every sequence of one HTTP request (None: that choice ended before a resume). Metrics leave out what is
-        not measured: requests this worker makes itself.
+    def need_new_rid(self, rid: str) -> None:
+        """Raises `RequestError` (400) for an id in use.
 
-        Raises `RequestError`: rank gone (503), id in use (400).
+        Not against the sequences in flight of a prefill worker: its client is done with an id when the decode worker has
+        answered, and may use it again while this side still waits for the hand-over's acknowledgement.
         """
-        if self.lost_reason is not None:
-            raise RequestError(self._lost_error())
-        given = [one for one in submits if one is not None]
-        self._need_new_rids(given)
-        generations = [
-            Generation(one, index, self._vocabulary, rank_rid=self._rank_rid(one.rid), is_measured=is_measured)
-            for index, one in enumerate(submits)
-            if one is not None
-        ]
-        job = Job(generations, stream_interval, self._abort)
-        timeouts = [one.submit.timeout_s for one in generations if one.submit.timeout_s is not None]
-        if timeouts:
-            job.deadline = time.monotonic() + min(timeouts) + DEADLINE_GRACE_S
-        for generation in generations:
-            if generation.finish is None:
-                self._jobs[generation.rank_rid] = (generation, job)
-                self._rids[generation.rid] += 1
-                self._channel.send(msgspec.structs.replace(generation.submit, rid=generation.rank_rid))
-            else:
-                job.note(generation)
-        return job
+        if self._stage != "prefill" and self.is_in_flight(rid):
+            raise duplicate_rid(rid)
+
+    def generation_of(self, submit: Submit, index: int, *, is_measured: bool) -> Generation:
+        """A new sequence, that `begin` starts."""
+        return Generation(
+            submit,
+            index,
+            self._vocabulary,
+            rank_rid=self._rank_rid(submit.rid),
+            is_measured=is_measured,
+            dp_rank=self.dp_rank,
+        )
+
+    def begin(self, generation: Generation, job: Job) -> None:
+        """Send `generation` to the rank, unless a resume has ended it."""
+        if generation.finish is not None:
+            job.note(generation)
+            return
+        self._jobs[generation.rank_rid] = (generation, job)
+        self._rids[generation.rid] += 1
+        self.num_tokens += generation.prompt_tokens + generation.completion_tokens
+        self._channel.send(msgspec.structs.replace(generation.submit, rid=generation.rank_rid))
 
     def abort(self, rid_prefix: str, *, reason: str = "Aborted") -> int:
         """End every sequence whose id starts with `rid_prefix` ("": all) for its user. How many there were."""
@@ -182,7 +188,7 @@ class EngineClient:
         self.lost_reason = reason
         logger.error("the rank is lost: %s (requests in flight: %d)", reason, len(self._jobs))
         for generation, job in list(self._jobs.values()):
-            generation.end(Finish("abort", error=self._lost_error(generation.rid)))
+            generation.end(Finish("abort", error=self.lost_error(generation.rid)))
             self._finished(generation)
             job.note(generation)
         for _, answer in self._calls.values():
@@ -251,18 +257,6 @@ class EngineClient:
             case Fatal():
                 self.fail(message.message)
 
-    def _need_new_rids(self, submits: Sequence[Submit]) -> None:
-        """Raises `RequestError` for an id in use.
-
-        Not against the sequences in flight of a prefill worker: its client is done with an id when the decode worker has
-        answered, and may use it again while this side still waits for the hand-over's acknowledgement.
-        """
-        seen: set[str] = set()
-        for one in submits:
-            if one.rid in seen or (self._stage != "prefill" and self.is_in_flight(one.rid)):
-                raise bad_request(f"Duplicate request ID detected: {one.rid}", "rid")
-            seen.add(one.rid)
-
     def _rank_rid(self, rid: str) -> str:
         """`rid`, or another name while the rank still knows an earlier sequence by it: rows are told apart by id."""
         name = rid
@@ -283,16 +277,19 @@ class EngineClient:
             num_before = generation.completion_tokens
             last_token_at = generation.timings.last_token
             abort = generation.feed(row)
+            num_new = generation.completion_tokens - num_before
+            self.num_tokens += num_new
             if abort is not None:
                 self._leaving.add(row.rid)
                 self._channel.send(abort)
             if self._metrics is not None and generation.is_measured:
-                self._metrics.on_tokens(generation, generation.completion_tokens - num_before, last_token_at)
+                self._metrics.on_tokens(generation, num_new, last_token_at)
             if generation.finish is not None:
                 self._finished(generation)
             job.note(generation)
 
-    def _abort(self, generation: Generation, reason: str) -> None:
+    def end(self, generation: Generation, reason: str) -> None:
+        """End one sequence on this side now, for whoever waits for it no more; the rank follows."""
         info = ErrorInfo("AbortError", ABORTED_CODE, reason, self._stage, generation.rid, retryable=False)
         if reason == "deadline exceeded":
             info = ErrorInfo("TimeoutError", 504, reason, self._stage, generation.rid, retryable=False)
@@ -308,12 +305,13 @@ class EngineClient:
     def _finished(self, generation: Generation) -> None:
         if self._jobs.pop(generation.rank_rid, None) is None:
             return
+        self.num_tokens -= generation.prompt_tokens + generation.completion_tokens
         self._rids[generation.rid] -= 1
         if not self._rids[generation.rid]:
             del self._rids[generation.rid]
         if self._metrics is not None and generation.is_measured:
             self._metrics.on_finish(generation)
 
-    def _lost_error(self, rid: str | None = None) -> ErrorInfo:
+    def lost_error(self, rid: str | None = None) -> ErrorInfo:
         message = f"the worker's model process is gone: {self.lost_reason}"
         return ErrorInfo(WORKER_LOST, 503, message, self._stage, rid, retryable=True)

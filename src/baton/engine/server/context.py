@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from baton.engine.args import EngineArgs
-from baton.engine.server.client import EngineClient
 from baton.engine.server.dialect import Dialect
+from baton.engine.server.engines import Engines
 from baton.engine.server.metrics import StateCollector
 from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer
@@ -29,7 +29,8 @@ def stage_of(mode: str) -> Stage:
 class ServerContext:
     args: EngineArgs
     ready: Ready
-    client: EngineClient
+    """What every engine can do."""
+    engines: Engines
     tokenizer: TextTokenizer | None
     """None with --skip-tokenizer-init."""
     chat_template: ChatTemplate | None

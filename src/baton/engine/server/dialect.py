@@ -116,5 +116,5 @@ class Dialect(Protocol):
     def request_metrics(self, args: EngineArgs, registry: CollectorRegistry) -> RequestObserver: ...
 
     def scheduler_metrics(
-        self, args: EngineArgs, ready: Ready, startup_s: float, registry: CollectorRegistry
+        self, args: EngineArgs, readies: Sequence[Ready], startup_s: float, registry: CollectorRegistry
     ) -> StateCollector: ...

@@ -49,7 +49,10 @@ class Generation:
         *,
         rank_rid: str | None = None,
         is_measured: bool = True,
+        dp_rank: int = 0,
     ) -> None:
+        self.dp_rank = dp_rank
+        """Of the engine that has it."""
         self.is_measured = is_measured
         self.rank_rid = rank_rid or submit.rid
         """What the rank calls this sequence."""

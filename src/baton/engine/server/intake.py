@@ -28,6 +28,8 @@ MAX_SEQUENCES = 4096
 """Prompts times n of one request."""
 ROOM_LIMIT = 2**63
 MAX_RID_CHARS = 256
+DP_RANK_HEADER = "X-data-parallel-rank"
+"""vLLM's; SGLang knows it too."""
 
 T = TypeVar("T")
 
@@ -144,6 +146,20 @@ def hop_of(request: Request, raw: Mapping[str, Any], num_sequences: int) -> Hop:
     return Hop(request_id, timeout_s, wants_token_ids, resume)
 
 
+def dp_rank_of(request: Request, *given: int | None) -> int | None:
+    """The data-parallel engine that a request asks for, by a field (`given`) or by vLLM's header; None: any."""
+    for rank in given:
+        if rank is not None:
+            return rank
+    text = request.headers.get(DP_RANK_HEADER)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise bad_request(f"the header {DP_RANK_HEADER} must be a whole number, got {text[:100]!r}.") from None
+
+
 def submits_of(
     ctx: ServerContext,
     prompts: Sequence[Prompt],
@@ -251,7 +267,7 @@ def _rids(ctx: ServerContext, rid: str | list[str] | None, hop: Hop, num_sequenc
             raise bad_request(f"rid must be one id or a list of {num_sequences // n}.", "rid")
         return [one if n == 1 else f"{one}_{sample}" for one in rid for sample in range(n)]
     base = rid or hop.request_id or uuid.uuid4().hex
-    if rid is None and any(ctx.client.is_in_flight(one) for one in (base, f"{base}_0")):
+    if rid is None and any(ctx.engines.is_in_flight(one) for one in (base, f"{base}_0")):
         base = uuid.uuid4().hex  # a header may be repeated by its sender; an id in the body may not
     if len(base) > MAX_RID_CHARS:
         raise bad_request(f"rid must have at most {MAX_RID_CHARS} characters.", "rid")

@@ -1,8 +1,8 @@
 """One worker's HTTP process: sockets, servers, warm-up, signals, and the end when the rank ends.
 
-`run_server` is the front door; `launch` starts the rank process beside it and calls it. Start order: the bootstrap server
-(a prefill rank registers there while it starts), the rank's `Ready`, the HTTP port (open port = weights are loaded, which
-is what TCP probes of existing manifests mean), one warm-up request, ready. No torch is imported in this process.
+`run_server` is the front door; `launch` starts the rank processes beside it and calls it. Start order: the bootstrap server
+(prefill ranks register there while they start), every engine's `Ready`, the HTTP port (open port = weights are loaded, which
+is what TCP probes of existing manifests mean), one warm-up request for each engine, ready. No torch is imported in this process.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -28,7 +29,9 @@ from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient, RankLostError
 from baton.engine.server.context import ServerContext, stage_of
 from baton.engine.server.dialect import Dialect
+from baton.engine.server.dispatch import dispatcher_of
 from baton.engine.server.edge import LimitedHttpProtocol
+from baton.engine.server.engines import Engines, common_ready
 from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer, open_tokenizer
 from baton.protocol.pod import listen_host
@@ -64,17 +67,24 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+@dataclass(frozen=True, slots=True)
+class EngineProcess:
+    """The first rank of one engine: where it is talked to, and its process."""
+
+    address: ChannelAddress
+    rank_pid: int
+
+
 def run_server(
     args: EngineArgs,
-    address: ChannelAddress,
-    rank_pids: Sequence[int],
+    engines: Sequence[EngineProcess],
     *,
     http_socket: socket.socket,
     bootstrap_socket: socket.socket | None = None,
     model_path: Path | None = None,
     dialect: Dialect = SGLANG,
 ) -> int:
-    """Serve until SIGTERM, SIGINT or the rank's end. Returns the exit status: 0 after a signal, 1 after a failure.
+    """Serve until SIGTERM, SIGINT or the end of a rank. Returns the exit status: 0 after a signal, 1 after a failure.
 
     `bootstrap_socket` is for prefill workers. `model_path` is where `args.model_path` lies on this machine.
     """
@@ -82,7 +92,7 @@ def run_server(
         # Connections queue from now on: the rank may register before the server has started.
         bootstrap_socket.listen()
     model_path = model_path or Path(args.model_path)
-    worker = Worker(args, address, rank_pids, http_socket, bootstrap_socket, model_path, dialect)
+    worker = Worker(args, engines, http_socket, bootstrap_socket, model_path, dialect)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(worker.run())
 
@@ -126,8 +136,7 @@ class Worker:
     def __init__(
         self,
         args: EngineArgs,
-        address: ChannelAddress,
-        rank_pids: Sequence[int],
+        engines: Sequence[EngineProcess],
         http_socket: socket.socket,
         bootstrap_socket: socket.socket | None,
         model_path: Path,
@@ -135,12 +144,12 @@ class Worker:
     ) -> None:
         self._args = args
         self._dialect = dialect
-        self._rank_pids = rank_pids
+        self._rank_pids = [one.rank_pid for one in engines]
         self._http_socket = http_socket
         self._bootstrap_socket = bootstrap_socket
         self._model_path = model_path
         self._started = time.monotonic()
-        self._channel = ServerChannel(address)
+        self._channels = [ServerChannel(one.address) for one in engines]
         self._registry = CollectorRegistry()
         self._stop = asyncio.Event()
         self._servers: list[HttpServer] = []
@@ -163,19 +172,20 @@ class Worker:
                     bootstrap[0].stop()
             return status
         finally:
-            self._channel.close()
+            for channel in self._channels:
+                channel.close()
 
     async def _run_rank_side(self) -> int:
-        """Wait for the rank, then serve. Turns every failure to start into one log line."""
+        """Wait for the ranks, then serve. Turns every failure to start into one log line."""
         try:
             tokenizer = None if self._args.skip_tokenizer_init else await asyncio.to_thread(self._open_tokenizer)
-            client = self._client(tokenizer)
-            with self._watched_processes(client):
-                client.start()
-                ready = await self._ready_or_stop(client)
-                if ready is None:
+            engines = self._engines(tokenizer)
+            with self._watched_processes(engines):
+                engines.start()
+                readies = await self._ready_or_stop(engines)
+                if readies is None:
                     return 0
-                context = self._context(client, tokenizer, ready)
+                context = self._context(engines, tokenizer, readies)
                 return await self._serve(context)
         except (ModelError, RankLostError, OSError) as error:
             logger.error("the worker cannot start: %s", error)
@@ -184,16 +194,22 @@ class Worker:
     def _open_tokenizer(self) -> TextTokenizer:
         return open_tokenizer(Path(self._args.tokenizer_path) if self._args.tokenizer_path else self._model_path)
 
-    def _client(self, tokenizer: TextTokenizer | None) -> EngineClient:
+    def _engines(self, tokenizer: TextTokenizer | None) -> Engines:
         metrics = None
         if self._args.enable_metrics:
             metrics = self._dialect.request_metrics(self._args, self._registry)
         stage = stage_of(self._args.disaggregation_mode)
-        return EngineClient(self._channel, tokenizer.vocabulary if tokenizer else None, stage=stage, metrics=metrics)
+        vocabulary = tokenizer.vocabulary if tokenizer else None
+        return Engines(
+            [
+                EngineClient(channel, vocabulary, stage=stage, metrics=metrics, dp_rank=dp_rank)
+                for dp_rank, channel in enumerate(self._channels, start=self._args.dp_rank)
+            ]
+        )
 
-    async def _ready_or_stop(self, client: EngineClient) -> Ready | None:
-        """The rank's `Ready`; None when a signal came first."""
-        ready = asyncio.create_task(client.wait_ready(READY_TIMEOUT_S), name="wait-ready")
+    async def _ready_or_stop(self, engines: Engines) -> list[Ready] | None:
+        """What each engine has loaded; None when a signal came first."""
+        ready = asyncio.create_task(engines.wait_ready(READY_TIMEOUT_S), name="wait-ready")
         stop = asyncio.create_task(self._stop.wait(), name="wait-stop")
         try:
             await asyncio.wait({ready, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -202,19 +218,21 @@ class Worker:
             ready.cancel()
             stop.cancel()
 
-    def _context(self, client: EngineClient, tokenizer: TextTokenizer | None, ready: Ready) -> ServerContext:
+    def _context(self, engines: Engines, tokenizer: TextTokenizer | None, readies: Sequence[Ready]) -> ServerContext:
+        ready = common_ready(readies)
+        engines.dispatch_by(dispatcher_of(self._args, ready))
         for note in start_notes(self._args, ready.device.partition(":")[0]):
             logger.warning("%s", note)
         startup_s = time.monotonic() - self._started
         self._ctx = ServerContext(
             args=self._args,
             ready=ready,
-            client=client,
+            engines=engines,
             tokenizer=tokenizer,
             chat_template=chat_template(self._args, tokenizer),
             dialect=self._dialect,
             registry=self._registry,
-            scheduler_metrics=self._dialect.scheduler_metrics(self._args, ready, startup_s, self._registry),
+            scheduler_metrics=self._dialect.scheduler_metrics(self._args, readies, startup_s, self._registry),
             sampling_defaults=tokenizer.sampling_defaults
             if tokenizer and self._args.sampling_defaults == "model"
             else {},
@@ -224,36 +242,36 @@ class Worker:
     async def _serve(self, ctx: ServerContext) -> int:
         server = http_server(build_app(ctx), self._args, access_log=True)
         self._servers.append(server)
-        ctx.client.on_lost = server.stop
+        ctx.engines.on_lost = server.stop
         if self._stop.is_set():
             return 0
-        if ctx.client.lost_reason is not None:
-            raise RankLostError(ctx.client.lost_reason)
+        if ctx.engines.lost_reason is not None:
+            raise RankLostError(ctx.engines.lost_reason)
         async with asyncio.TaskGroup() as group:
-            watchdog = group.create_task(ctx.client.watch(self._args.watchdog_timeout), name="watchdog")
-            beats = group.create_task(ctx.client.watch_beats(), name="beats")
+            watchdog = group.create_task(ctx.engines.watch(self._args.watchdog_timeout), name="watchdog")
+            beats = group.create_task(ctx.engines.watch_beats(), name="beats")
             warm_up = group.create_task(self._warm_up(ctx, server), name="warm-up")
             await server.serve([self._http_socket])
             await self._drain_store(ctx)
             watchdog.cancel()
             beats.cancel()
             warm_up.cancel()
-        return 1 if ctx.client.lost_reason is not None else 0
+        return 1 if ctx.engines.lost_reason is not None else 0
 
     async def _drain_store(self, ctx: ServerContext) -> None:
-        """Let the rank finish its writes to the store before it ends."""
-        if ctx.client.lost_reason is None and self._args.hicache_storage_backend is not None:
+        """Let the ranks finish their writes to the store before they end."""
+        if ctx.engines.lost_reason is None and self._args.hicache_storage_backend is not None:
             try:
-                await ctx.client.drain_store(STORE_DRAIN_TIMEOUT_S)
+                await ctx.engines.drain_store(STORE_DRAIN_TIMEOUT_S)
             except RankLostError as error:
                 logger.warning("ending before the store has all pages: %s; they will be computed again", error)
 
     async def _warm_up(self, ctx: ServerContext, server: HttpServer) -> None:
-        """One request through the whole rank, then ready."""
+        """One request through every engine, then ready."""
         if not self._args.skip_server_warmup:
             error = await warm_up(ctx)
             if error is not None:
-                ctx.client.fail(f"the warm-up request failed: {error}")
+                ctx.engines.fail(f"the warm-up request failed: {error}")
                 server.stop()
                 return
         ctx.is_warm = True
@@ -267,29 +285,29 @@ class Worker:
         if self._ctx is not None:
             self._ctx.is_stopping = True
             reason = "the worker was told to stop, and this request ran longer than it may wait"
-            asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S - LAST_WORDS_S, self._ctx.client.end_all, reason)
+            asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S - LAST_WORDS_S, self._ctx.engines.end_all, reason)
         for server in self._servers:
             server.stop()
             server.force_exit = is_second
 
     @contextlib.contextmanager
-    def _watched_processes(self, client: EngineClient) -> Generator[None, None, None]:
+    def _watched_processes(self, engines: Engines) -> Generator[None, None, None]:
         """Learn of a rank's death from the kernel, without polling."""
         loop = asyncio.get_running_loop()
         watched: list[int] = []
 
-        def on_exit(descriptor: int, pid: int) -> None:
+        def on_exit(descriptor: int, pid: int, client: EngineClient) -> None:
             loop.remove_reader(descriptor)
             loop.call_later(FATAL_GRACE_S, client.fail, f"its process {pid} ended")
 
         try:
-            for pid in self._rank_pids:
+            for pid, client in zip(self._rank_pids, engines.clients, strict=True):
                 try:
                     descriptor = os.pidfd_open(pid)
                 except ProcessLookupError:
                     raise RankLostError(f"its process {pid} ended") from None
                 watched.append(descriptor)
-                loop.add_reader(descriptor, on_exit, descriptor, pid)
+                loop.add_reader(descriptor, on_exit, descriptor, pid, client)
             yield
         finally:
             for descriptor in watched:
@@ -318,16 +336,19 @@ def chat_template(args: EngineArgs, tokenizer: TextTokenizer | None) -> ChatTemp
 
 
 async def warm_up(ctx: ServerContext) -> str | None:
-    """SGLang's warm-up request. Returns what went wrong, or None."""
+    """SGLang's warm-up request, on every engine. Returns what went wrong, or None."""
     vocab_size = ctx.ready.vocab_size
-    submit = Submit(
-        rid="WARM_UP",
-        input_ids=[token_id for token_id in range(4) if token_id < vocab_size],
-        sampling=SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True),
-        bootstrap=fake_bootstrap(ctx, 2**63 - 1),
-        timeout_s=WARMUP_TIMEOUT_S,
-    )
-    job = ctx.client.submit([submit], stream_interval=None, is_measured=False)
+    submits = [
+        Submit(
+            rid=f"WARM_UP_{index}",
+            input_ids=[token_id for token_id in range(4) if token_id < vocab_size],
+            sampling=SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True),
+            bootstrap=fake_bootstrap(ctx, 2**63 - 1),
+            timeout_s=WARMUP_TIMEOUT_S,
+        )
+        for index in range(ctx.engines.count)
+    ]
+    job = ctx.engines.submit_to_each(submits)
     try:
         async with asyncio.timeout(WARMUP_TIMEOUT_S):
             while not job.is_done:

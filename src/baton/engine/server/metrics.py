@@ -1,6 +1,6 @@
 """Prometheus metrics under SGLang's names (`sglang:*`), only those that are truly measured here.
 
-Requests are counted as they pass; the scheduler's gauges are written from one snapshot at each scrape. Names of both
+Requests are counted as they pass; the schedulers' gauges are written from one snapshot of each at every scrape. Names of both
 SGLang generations (0.4.10 and 0.5.6) are exposed where they differ, the misspelt `infight` included, so that dashboards
 of either work.
 """
@@ -80,9 +80,10 @@ class RequestObserver(Protocol):
 
 
 class StateCollector(Protocol):
-    """What shows the scheduler's state at a scrape."""
+    """What shows the schedulers' states at a scrape."""
 
-    state: SchedulerState
+    states: list[SchedulerState]
+    """Of each engine."""
 
 
 class RequestMetrics:
@@ -212,53 +213,72 @@ _HITS: tuple[tuple[str, str], ...] = (
 
 
 class SchedulerMetrics(Collector):
-    """The scheduler's gauges, from the last snapshot. The scrape handler refreshes `state` first."""
+    """The schedulers' gauges, from the last snapshots. The scrape handler refreshes `states` first."""
 
-    def __init__(self, model_name: str, ready: Ready, startup_s: float, registry: CollectorRegistry) -> None:
-        self.state = SchedulerState(max_total_num_tokens=ready.max_total_num_tokens)
-        self._page_size = ready.page_size
-        self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
-        self._fixed = {
-            "engine_startup_time": (startup_s, "Seconds from process start to ready."),
-            "engine_load_weights_time": (ready.load_weights_s, "Seconds to load the weights."),
+    def __init__(
+        self,
+        model_name: str,
+        readies: Sequence[Ready],
+        startup_s: float,
+        registry: CollectorRegistry,
+        *,
+        first_dp_rank: int = 0,
+    ) -> None:
+        self.states = [SchedulerState(max_total_num_tokens=one.max_total_num_tokens) for one in readies]
+        self._page_size = readies[0].page_size
+        labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
+        self._values = [tuple(labels.values())]
+        if len(readies) > 1 or first_dp_rank:
+            self._values = [(*labels.values(), str(first_dp_rank + index)) for index in range(len(readies))]
+            labels["dp_rank"] = ""
+        self._labels = tuple(labels)
+        """Names; `_values` has theirs for each engine."""
+        self._fixed: dict[str, tuple[list[float], str]] = {
+            "engine_startup_time": ([startup_s] * len(readies), "Seconds from process start to ready."),
+            "engine_load_weights_time": ([one.load_weights_s for one in readies], "Seconds to load the weights."),
         }
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        state = self.state
         for name, attribute, text in _GAUGES:
-            yield self._gauge(name, text, getattr(state, attribute))
-        usage = state.num_used_tokens / state.max_total_num_tokens if state.max_total_num_tokens else 0.0
-        yield self._gauge("token_usage", "The share of the KV pool in use.", usage)
-        for name, (value, text) in self._fixed.items():
-            yield self._gauge(name, text, value)
+            yield self._gauge(name, text, [getattr(one, attribute) for one in self.states])
+        yield self._gauge("token_usage", "The share of the KV pool in use.", [token_usage(one) for one in self.states])
+        for name, (values, text) in self._fixed.items():
+            yield self._gauge(name, text, values)
         for name, attribute, text in _COUNTERS:
-            family = CounterMetricFamily(f"sglang:{name}", text, labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), getattr(state, attribute))
-            yield family
+            yield self._counter(name, text, [getattr(one, attribute) for one in self.states])
 
-        if state.tiers:
-            yield from self._tiers(state.tiers)
-        for name, value in state.store.items():
-            yield self._gauge(
-                f"hicache_storage_{name}", "Of the store tier and its worker; `up` is 0 while it is down.", value
-            )
+        if self.states[0].tiers:
+            yield from self._tiers([one.tiers for one in self.states])
+        for name in self.states[0].store:
+            text = "Of the store tier and its worker; `up` is 0 while it is down."
+            yield self._gauge(f"hicache_storage_{name}", text, [one.store.get(name, 0.0) for one in self.states])
 
-    def _tiers(self, tiers: dict[str, float]) -> Iterator[Metric]:
+    def _tiers(self, tiers: Sequence[dict[str, float]]) -> Iterator[Metric]:
         for name, key, text in _TIER_GAUGES:
-            yield self._gauge(name, text, tiers[key] * self._page_size)
+            yield self._gauge(name, text, [one.get(key, 0) * self._page_size for one in tiers])
         for name, key, text in _TIER_COUNTERS:
-            family = CounterMetricFamily(f"sglang:{name}", text, labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), tiers[key] * self._page_size)
-            yield family
+            yield self._counter(name, text, [one.get(key, 0) * self._page_size for one in tiers])
         hits = CounterMetricFamily(
             "sglang:hicache_hit_tokens", "Prompt tokens not computed, by tier.", labels=[*self._labels, "cache_source"]
         )
-        for source, key in _HITS:
-            hits.add_metric([*self._labels.values(), source], tiers[key])
+        for labels, one in zip(self._values, tiers, strict=True):
+            for source, key in _HITS:
+                hits.add_metric([*labels, source], one.get(key, 0))
         yield hits
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"sglang:{name}", text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
+    def _gauge(self, name: str, text: str, values: Sequence[float]) -> Metric:
+        """`values`: of each engine."""
+        return self._filled(GaugeMetricFamily(f"sglang:{name}", text, labels=self._labels), values)
+
+    def _counter(self, name: str, text: str, values: Sequence[float]) -> Metric:
+        return self._filled(CounterMetricFamily(f"sglang:{name}", text, labels=self._labels), values)
+
+    def _filled(self, family: GaugeMetricFamily | CounterMetricFamily, values: Sequence[float]) -> Metric:
+        for labels, value in zip(self._values, values, strict=True):
+            family.add_metric(labels, value)
         return family
+
+
+def token_usage(state: SchedulerState) -> float:
+    return state.num_used_tokens / state.max_total_num_tokens if state.max_total_num_tokens else 0.0

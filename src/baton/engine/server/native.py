@@ -13,6 +13,7 @@ from baton.engine.server.intake import (
     Hop,
     Prompt,
     convert,
+    dp_rank_of,
     hop_of,
     join_keys,
     parse,
@@ -49,7 +50,12 @@ async def generate(ctx: ServerContext, request: Request) -> Response:
     writer = GenerateWriter(ctx, body, hop, is_list=is_batch or len(submits) > 1)
     request_id = request_id_of(submits, body.rid)
     return start_job(
-        ctx, submits, writer, request_id=request_id, stream_interval=stream_interval if body.stream else None
+        ctx,
+        submits,
+        writer,
+        request_id=request_id,
+        stream_interval=stream_interval if body.stream else None,
+        dp_rank=dp_rank_of(request, body.routed_dp_rank, body.data_parallel_rank),
     )
 
 

@@ -127,9 +127,9 @@ class SglangDialect:
         )
 
     def scheduler_metrics(
-        self, args: EngineArgs, ready: Ready, startup_s: float, registry: CollectorRegistry
+        self, args: EngineArgs, readies: Sequence[Ready], startup_s: float, registry: CollectorRegistry
     ) -> SchedulerMetrics:
-        return SchedulerMetrics(args.name, ready, startup_s, registry)
+        return SchedulerMetrics(args.name, readies, startup_s, registry, first_dp_rank=args.dp_rank)
 
 
 SGLANG = SglangDialect()

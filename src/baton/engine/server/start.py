@@ -27,9 +27,11 @@ def start_job(
     *,
     request_id: str,
     stream_interval: int | None,
+    dp_rank: int | None,
 ) -> Response:
-    """Submit what has not finished (None: it has) and answer with `writer`. `stream_interval` None: one document."""
-    job = ctx.client.submit(submits, stream_interval=stream_interval)
+    """Submit what has not finished (None: it has) and answer with `writer`. `stream_interval` None: one document. `dp_rank`: the
+    engine that is asked for."""
+    job = ctx.engines.submit(submits, stream_interval=stream_interval, dp_rank=dp_rank)
     if not ctx.args.log_requests:
         return JobResponse(job, writer, ctx.dialect, request_id=request_id, stage=ctx.stage)
     for one in submits:
@@ -47,10 +49,16 @@ class EarlyWriter(Protocol):
 
 
 def start_early(
-    ctx: ServerContext, submits: Sequence[Submit | None], writer: EarlyWriter, early: dict[str, Any], *, request_id: str
+    ctx: ServerContext,
+    submits: Sequence[Submit | None],
+    writer: EarlyWriter,
+    early: dict[str, Any],
+    *,
+    request_id: str,
+    dp_rank: int | None,
 ) -> Response:
     """Answer now; the sequences go on for whoever the answer leads here, until their own time-outs."""
-    job = ctx.client.submit(submits, stream_interval=None)
+    job = ctx.engines.submit(submits, stream_interval=None, dp_rank=dp_rank)
     if ctx.args.log_requests:
         for one in submits:
             if one is not None:

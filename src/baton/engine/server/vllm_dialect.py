@@ -170,12 +170,18 @@ class VllmDialect:
         return {"error": {"message": info.message, "type": info.type, "param": info.param, "code": info.code}}
 
     def request_metrics(self, args: EngineArgs, registry: CollectorRegistry) -> VllmRequestMetrics:
-        return VllmRequestMetrics(self._metrics_name(args), registry, max_tokens=args.context_length)
+        return VllmRequestMetrics(
+            self._metrics_name(args),
+            registry,
+            max_tokens=args.context_length,
+            num_engines=args.dp_size,
+            first_dp_rank=args.dp_rank,
+        )
 
     def scheduler_metrics(
-        self, args: EngineArgs, ready: Ready, startup_s: float, registry: CollectorRegistry
+        self, args: EngineArgs, readies: Sequence[Ready], startup_s: float, registry: CollectorRegistry
     ) -> VllmSchedulerMetrics:
-        return VllmSchedulerMetrics(self._metrics_name(args), args, ready, registry)
+        return VllmSchedulerMetrics(self._metrics_name(args), args, readies, registry)
 
     def _metrics_name(self, args: EngineArgs) -> str:
         return self.served_names[0] if self.served_names else args.name

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from baton.engine.args import EngineArgs
 from baton.engine.server.generation import Generation
+from baton.engine.server.metrics import token_usage
 from baton.protocol.rank import Ready, SchedulerState
 
 TTFT_BUCKETS_S = (
@@ -26,8 +27,6 @@ REQUEST_BUCKETS_S = (
     7680.0,
 )  # fmt: skip
 PREFILL_TOKEN_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-ENGINE = "0"
-"""vLLM's number of the engine: a worker has one."""
 _LABELS = ("model_name", "engine")
 
 
@@ -38,17 +37,56 @@ def token_buckets(max_tokens: int) -> list[int]:
 
 
 class VllmRequestMetrics:
-    """Requests, counted as they pass."""
+    """Requests, counted as they pass, for each of `num_engines` engines from number `first_dp_rank` on."""
 
-    def __init__(self, model_name: str, registry: CollectorRegistry, *, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        registry: CollectorRegistry,
+        *,
+        max_tokens: int | None = None,
+        num_engines: int = 1,
+        first_dp_rank: int = 0,
+    ) -> None:
         """`max_tokens` bounds the buckets of token counts; none: a million."""
+        families: dict[str, Counter | Histogram] = {}
+        self._engines = {
+            dp_rank: _EngineRequests(model_name, str(dp_rank), registry, families, max_tokens)
+            for dp_rank in range(first_dp_rank, first_dp_rank + num_engines)
+        }
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"vllm:{name}", text, _LABELS, registry=registry).labels(model_name, ENGINE)
+    def on_tokens(self, generation: Generation, num_new_tokens: int, last_token_at: float | None) -> None:
+        """A step gave `num_new_tokens`; `last_token_at` is when the sequence got a token before."""
+        self._engines[generation.dp_rank].on_tokens(generation, num_new_tokens, last_token_at)
+
+    def on_finish(self, generation: Generation) -> None:
+        self._engines[generation.dp_rank].on_finish(generation)
+
+
+class _EngineRequests:
+    """The requests of one engine. `families`: what all engines' metrics belong to, made by the first one."""
+
+    def __init__(
+        self,
+        model_name: str,
+        engine: str,
+        registry: CollectorRegistry,
+        families: dict[str, Counter | Histogram],
+        max_tokens: int | None,
+    ) -> None:
+        def counter(name: str, text: str, **more: str) -> Counter:
+            if name not in families:
+                families[name] = Counter(f"vllm:{name}", text, (*_LABELS, *more), registry=registry)
+            found = families[name].labels(model_name, engine, *more.values())
+            assert isinstance(found, Counter)
+            return found
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            found = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=registry)
-            return found.labels(model_name, ENGINE)
+            if name not in families:
+                families[name] = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=registry)
+            found = families[name].labels(model_name, engine)
+            assert isinstance(found, Histogram)
+            return found
 
         def seconds(name: str, text: str) -> Histogram:
             return histogram(f"{name}_seconds", f"Histogram of {text} in seconds.", REQUEST_BUCKETS_S)
@@ -64,11 +102,10 @@ class VllmRequestMetrics:
             counter(name, "Prefix cache hits, in terms of number of cached tokens.")
             for name in ("prefix_cache_hits", "gpu_prefix_cache_hits")
         ]
-        success = Counter(
-            "vllm:request_success", "Count of successfully processed requests.", (*_LABELS, "finished_reason"),
-            registry=registry,
-        )  # fmt: skip
-        self._success = {reason: success.labels(model_name, ENGINE, reason) for reason in ("stop", "length", "abort")}
+        self._success = {
+            reason: counter("request_success", "Count of successfully processed requests.", finished_reason=reason)
+            for reason in ("stop", "length", "abort")
+        }
         self._request_prompt = histogram("request_prompt_tokens", "Number of prefill tokens processed.", tokens)
         self._request_generated = histogram(
             "request_generation_tokens", "Number of generation tokens processed.", tokens
@@ -143,35 +180,40 @@ _GAUGES = (
 
 
 class VllmSchedulerMetrics(Collector):
-    """The scheduler's gauges, from the last snapshot. The scrape handler refreshes `state` first."""
+    """The schedulers' gauges, from the last snapshots. The scrape handler refreshes `states` first."""
 
-    def __init__(self, model_name: str, args: EngineArgs, ready: Ready, registry: CollectorRegistry) -> None:
-        self.state = SchedulerState(max_total_num_tokens=ready.max_total_num_tokens)
-        self._values = (model_name, ENGINE)
-        self._cache_config = {
-            "block_size": str(ready.page_size),
-            "cache_dtype": args.kv_cache_dtype,
-            "enable_prefix_caching": str(not args.disable_radix_cache),
-            "gpu_memory_utilization": str(args.mem_fraction_static or ""),
-            "num_gpu_blocks": str(ready.max_total_num_tokens // ready.page_size),
-            "engine": ENGINE,
-        }
+    def __init__(
+        self, model_name: str, args: EngineArgs, readies: Sequence[Ready], registry: CollectorRegistry
+    ) -> None:
+        self.states = [SchedulerState(max_total_num_tokens=one.max_total_num_tokens) for one in readies]
+        self._values = [(model_name, str(args.dp_rank + index)) for index in range(len(readies))]
+        self._cache_configs = [
+            {
+                "block_size": str(one.page_size),
+                "cache_dtype": args.kv_cache_dtype,
+                "enable_prefix_caching": str(not args.disable_radix_cache),
+                "gpu_memory_utilization": str(args.mem_fraction_static or ""),
+                "num_gpu_blocks": str(one.max_total_num_tokens // one.page_size),
+                "engine": engine,
+            }
+            for one, (_, engine) in zip(readies, self._values, strict=True)
+        ]
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        state = self.state
-        usage = state.num_used_tokens / state.max_total_num_tokens if state.max_total_num_tokens else 0.0
-        for (name, text), value in zip(_GAUGES, (state.num_running, state.num_waiting, usage, usage), strict=True):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-            gauge.add_metric(self._values, value)
-            yield gauge
+        gauges = [GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS) for name, text in _GAUGES]
         preemptions = CounterMetricFamily(
             "vllm:num_preemptions", "Cumulative number of preemption from the engine.", labels=_LABELS
         )
-        preemptions.add_metric(self._values, state.num_retracted_total)
+        for state, labels in zip(self.states, self._values, strict=True):
+            usage = token_usage(state)
+            for gauge, value in zip(gauges, (state.num_running, state.num_waiting, usage, usage), strict=True):
+                gauge.add_metric(labels, value)
+            preemptions.add_metric(labels, state.num_retracted_total)
+        yield from gauges
         yield preemptions
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info", "Information of the LLMEngine CacheConfig", labels=list(self._cache_config)
-        )
-        info.add_metric(list(self._cache_config.values()), 1)
+        names = list(self._cache_configs[0])
+        info = GaugeMetricFamily("vllm:cache_config_info", "Information of the LLMEngine CacheConfig", labels=names)
+        for config in self._cache_configs:
+            info.add_metric(list(config.values()), 1)
         yield info

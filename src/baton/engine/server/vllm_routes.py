@@ -32,7 +32,7 @@ async def ping(ctx: ServerContext, request: Request) -> Response:
 async def load(ctx: ServerContext, request: Request) -> Response:
     """Requests in progress; 0 without --enable-server-load-tracking."""
     assert isinstance(ctx.dialect, VllmDialect)
-    return admin.json_response({"server_load": ctx.client.num_requests if ctx.dialect.tracks_load else 0})
+    return admin.json_response({"server_load": ctx.engines.num_requests if ctx.dialect.tracks_load else 0})
 
 
 def _cards(ctx: ServerContext) -> list[ModelCard]:
@@ -92,7 +92,7 @@ async def detokenize(ctx: ServerContext, request: Request) -> Response:
 
 
 async def reset_prefix_cache(ctx: ServerContext, request: Request) -> Response:
-    reply = await ctx.client.flush_cache()
+    reply = await ctx.engines.flush_cache()
     return Response(status_code=200 if reply.ok else 409)
 
 
