@@ -11,6 +11,7 @@ import pytest
 
 from baton.engine.server.channel import ChannelAddress, RankChannel, ServerChannel
 from baton.engine.server.client import EngineClient
+from baton.engine.server.engines import Engines
 from baton.protocol.errors import RequestError
 from baton.protocol.rank import Submit
 from baton.protocol.sampling import SamplingParams
@@ -57,15 +58,16 @@ async def test_a_stopped_rank_is_lost_and_its_requests_may_be_retried(
     channel: ServerChannel, rank: subprocess.Popen[bytes]
 ) -> None:
     client = EngineClient(channel, None, stage="prefill")
-    client.start()
-    job = client.submit([Submit(rid="a", input_ids=[5], sampling=SamplingParams())], stream_interval=None)
+    engines = Engines([client])
+    engines.start()
+    job = engines.submit([Submit(rid="a", input_ids=[5], sampling=SamplingParams())], stream_interval=None)
     await asyncio.wait_for(channel.until_silent(0.001), WAIT_S)  # between its first two beats
     rank.send_signal(signal.SIGSTOP)
     await asyncio.wait_for(client.watch_beats(0.5), WAIT_S)
     assert job.is_done and job.error is not None
     assert job.error.retryable and "stood still for 0.5 s" in job.error.message
     with pytest.raises(RequestError, match="stood still"):
-        client.submit([], stream_interval=None)
+        engines.submit([], stream_interval=None)
 
 
 async def test_silence_is_counted_in_own_ticks_from_the_first_beat_on(

@@ -89,7 +89,7 @@ def test_bad_requests(method: str, target: str, body: bytes | None, status: int,
 async def test_look_up_explains_what_is_wrong() -> None:
     with bootstrap_server() as port:
         with pytest.raises(TransferError, match="no prefill rank has registered yet"):
-            await look_up("127.0.0.1", port)
+            (await look_up("127.0.0.1", port)).need_all()
         await register("127.0.0.1", port, Registration(**ENTRY))  # type: ignore[arg-type]
         (alone,) = (await look_up("127.0.0.1", port)).ranks
         assert (alone.rank_port, alone.slice) == (4711, None)
@@ -103,15 +103,17 @@ async def test_look_up_explains_what_is_wrong() -> None:
             }
             await register("127.0.0.1", port, Registration(**entry, slice=Slice((0, 1), (1, 2))))  # type: ignore[arg-type]
         with pytest.raises(TransferError, match="only 2 of 4 prefill ranks have registered yet"):
-            await look_up("127.0.0.1", port)
+            (await look_up("127.0.0.1", port)).need_all()
         for pp_rank in (0, 1):
             entry = ENTRY | {"attn_tp_size": 2, "pp_size": 2, "pp_rank": pp_rank, "rank_port": 2 + pp_rank}
             await register("127.0.0.1", port, Registration(**entry))  # type: ignore[arg-type]
-        ranks = (await look_up("127.0.0.1", port)).ranks
+        found = await look_up("127.0.0.1", port)
+        found.need_all()
+        ranks = found.ranks
         assert [rank.rank_port for rank in ranks] == [2, 0, 3, 1], "stage after stage"
         assert ranks[1].slice == Slice((0, 1), (1, 2))
         with pytest.raises(TransferError, match="no prefill rank"):
-            await look_up("127.0.0.1", port, dp_group=1)
+            (await look_up("127.0.0.1", port, dp_group=1)).need_all()
         assert call(port, "GET", "/ranks?target_dp_group=x")[0] == 400
     with pytest.raises(OSError):
         await look_up("127.0.0.1", port)

@@ -108,6 +108,6 @@ def test_without_a_common_host_the_session_uses_tcp(bootstrap_port: int, monkeyp
     monkeypatch.setattr(ShmServer, "offer", lambda _: ShmOffer("baton-kv-somewhere-else", bytes(16), 16))
     with open_pair("shm", bootstrap_port) as pair:
         pair.begin(1, [0])
-        assert pair.decode.transfer.session_modes() == {("127.0.0.1", bootstrap_port): "tcp"}
+        assert pair.decode.transfer.session_modes() == {(("127.0.0.1", bootstrap_port), 0): "tcp"}
         pair.prefill.transfer.send(1, 0, [3], FIRST_TOKEN)
         assert isinstance(pair.decode.wait(1), Received)

@@ -77,7 +77,7 @@ def test_every_back_end_keeps_the_contract(pair: Pair) -> None:
 
 def test_back_end_is_the_one_asked_for(real_pair: Pair) -> None:
     real_pair.begin(1, [0])
-    assert real_pair.decode.transfer.session_modes() == {("127.0.0.1", real_pair.port): real_pair.backend}
+    assert real_pair.decode.transfer.session_modes() == {(("127.0.0.1", real_pair.port), 0): real_pair.backend}
 
 
 def test_only_pages_behind_the_decode_sides_prefix_travel(real_pair: Pair) -> None:

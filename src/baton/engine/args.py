@@ -187,6 +187,12 @@ class EngineArgs:
         return given if given in ("cpu", "torch_native") else "auto"  # type: ignore[return-value]
 
     @property
+    def dp_group(self) -> int:
+        """In a rank: which of its worker's --dp-size engines it belongs to, by SGLang's rule that a request is on engine
+        bootstrap_room modulo --dp-size. Engines have consecutive numbers, so all are different here too."""
+        return self.dp_rank % self.dp_size
+
+    @property
     def has_tiers(self) -> bool:
         """Whether there is a host tier."""
         return self.enable_hierarchical_cache or self.disaggregation_decode_enable_offload_kvcache

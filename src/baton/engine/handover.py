@@ -97,7 +97,7 @@ def _hand_over(args: EngineArgs, model: LoadedModel) -> _HandOver:
     host = listen_host(args.host)
     shape = page_shape(model)
     return _HandOver(
-        config=TransferConfig.from_env(os.environ, backend=backend),
+        config=TransferConfig.from_env(os.environ, backend=backend, dp_rank=args.dp_group, dp_size=args.dp_size),
         layout=PageLayout(
             model=model.fingerprint,
             dtype=shape.dtype,

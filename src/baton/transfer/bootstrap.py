@@ -56,11 +56,18 @@ class HoldingRank(msgspec.Struct, frozen=True):
 
 
 class PrefillRanks(msgspec.Struct, frozen=True):
-    """Answer of /ranks for one of `dp_size` dp groups: the ranks that have registered, stage after stage, of `size` that it has."""
+    """Answer of /ranks for one of `dp_size` dp groups (0: nobody has registered): the ranks that have registered, stage after stage, of `size` that it has."""
 
     dp_size: int
     size: int
     ranks: list[HoldingRank]
+
+    def need_all(self) -> None:
+        """Raises `TransferError` where some have not registered yet."""
+        if not self.ranks:
+            raise TransferError("no prefill rank has registered yet")
+        if len(self.ranks) != self.size:
+            raise TransferError(f"only {len(self.ranks)} of {self.size} prefill ranks have registered yet")
 
 
 class ParallelSizes(msgspec.Struct, frozen=True):
@@ -159,7 +166,7 @@ async def register(host: str, port: int, entry: Registration) -> None:
 
 
 async def look_up(host: str, port: int, dp_group: int = 0) -> PrefillRanks:
-    """All ranks of one dp group of a prefill worker. Raises OSError, or `TransferError` where some have not registered yet."""
+    """The ranks of one dp group of a prefill worker, as far as they have registered. Raises OSError or `TransferError`."""
     status, body = await http_call("GET", host, port, f"/ranks?target_dp_group={dp_group}")
     if status == 404:
         raise TransferError(
@@ -171,10 +178,6 @@ async def look_up(host: str, port: int, dp_group: int = 0) -> PrefillRanks:
         answer = msgspec.json.decode(body, type=PrefillRanks)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TransferError(f"bootstrap server answered nonsense: {error}") from None
-    if not answer.ranks:
-        raise TransferError("no prefill rank has registered yet")
-    if len(answer.ranks) != answer.size:
-        raise TransferError(f"only {len(answer.ranks)} of {answer.size} prefill ranks have registered yet")
     return answer
 
 

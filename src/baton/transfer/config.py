@@ -33,6 +33,9 @@ class TransferConfigError(BatonError):
 class TransferConfig:
     backend: Backend = "auto"
     """auto: shared memory when both sides are on one host, TCP otherwise."""
+    dp_rank: int = 0
+    """Of this engine among those of its worker."""
+    dp_size: int = 1
     heartbeat_interval_s: float = 5.0
     heartbeat_max_failure: int = 2
     """Pings in a row without any sign of life before a peer counts as gone."""
@@ -57,8 +60,12 @@ class TransferConfig:
         problems = [
             f"{field.name} must be positive and finite, got {value}"
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), int | float) and not 0 < value < math.inf
+            if isinstance(value := getattr(self, field.name), int | float)
+            and field.name != "dp_rank"
+            and not 0 < value < math.inf
         ]
+        if not 0 <= self.dp_rank < self.dp_size:
+            problems.append(f"dp_rank must be in [0, dp_size = {self.dp_size}), got {self.dp_rank}")
         if problems:
             raise TransferConfigError("; ".join(problems))
 

@@ -1,6 +1,6 @@
 """The receiving side's front door: `open_decode_transfer` gives the rank's loop its `DecodeTransfer`.
 
-Owns the thread and one route per bootstrap server. Neighbours: `decode_route` (one prefill worker), `decode_session` (one rank of it),
+Owns the thread and one route per engine of a prefill worker. Neighbours: `decode_route` (one such engine), `decode_session` (one rank of it),
 `decode_rooms` (what happens to a room).
 """
 
@@ -63,7 +63,11 @@ class RankDecodeTransfer:
     ) -> None:
         self._memory = memory
         self._open: set[int] = set()  # Rooms whose end event the rank has not polled yet. Rank's loop only.
-        self._routes: dict[tuple[str, int], DecodeRoute] = {}  # Transfer's thread only.
+        # Transfer's thread only:
+        self._routes: dict[tuple[tuple[str, int], int], DecodeRoute] = {}
+        """By bootstrap server and data-parallel engine of its worker."""
+        self._dp_sizes: dict[tuple[str, int], int] = {}
+        """How many engines the worker of a bootstrap server has, as it last said."""
         self._thread = TransferThread("baton-decode-transfer", config.copy_threads, wake)
         timers = make_timers(self._thread.loop)
         self._rooms = DecodeRooms(memory.page_bytes, timers, self._thread.emit, leads=ranks.rank == 0)
@@ -111,23 +115,38 @@ class RankDecodeTransfer:
         """Open rooms (for self-checks; waits for the transfer's thread)."""
         return self._thread.ask(lambda: self._rooms.num_open)
 
-    def session_modes(self) -> dict[tuple[str, int], str | None]:
-        """How pages travel from each bootstrap server; None: being connected. Waits for the transfer's thread."""
-        return self._thread.ask(lambda: {address: route.mode for address, route in self._routes.items()})
+    def session_modes(self) -> dict[tuple[tuple[str, int], int], str | None]:
+        """How pages travel, by bootstrap server and data-parallel engine; None: being connected. Waits for the transfer's thread."""
+        return self._thread.ask(lambda: {key: route.mode for key, route in self._routes.items()})
 
     # On the thread
 
     def _receive(
         self, room: int, address: tuple[str, int], first_page_idx: int, page_ids: Sequence[int], timeout_s: float
     ) -> None:
-        route = self._routes.get(address)
-        if route is None:
-            route = self._routes[address] = DecodeRoute(self._context, address, self._route_closed)
+        # SGLang's rule: the room says on which engine of the prefill worker its request is.
+        route = self._route(address, room % self._dp_sizes.get(address, 1))
         self._rooms.receive(room, route, first_page_idx, page_ids, timeout_s)
 
+    def _route(self, address: tuple[str, int], dp_group: int) -> DecodeRoute:
+        route = self._routes.get((address, dp_group))
+        if route is None:
+            route = DecodeRoute(self._context, address, dp_group, self._on_dp_size, self._route_closed)
+            self._routes[address, dp_group] = route
+        return route
+
+    def _on_dp_size(self, route: DecodeRoute, dp_size: int) -> None:
+        """`route` has asked: the rooms that wait for it go to the engines that they are on."""
+        self._dp_sizes[route.address] = dp_size
+        for state in route.take_waiting():
+            self._rooms.move(state, self._route(route.address, state.room % dp_size))
+        if route.dp_group >= dp_size:
+            route.close("the prefill worker came back with fewer engines")
+
     def _route_closed(self, route: DecodeRoute) -> None:
-        if self._routes.get(route.address) is route:
-            del self._routes[route.address]
+        key = (route.address, route.dp_group)
+        if self._routes.get(key) is route:
+            del self._routes[key]
 
     def _post(self, room: int, call: Callable[[], None]) -> None:
         def run() -> None:

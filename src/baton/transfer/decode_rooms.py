@@ -44,7 +44,7 @@ class DecodePeer(Protocol):
 
 
 class DecodeSource(Protocol):
-    """The way to a prefill worker, connected or not yet."""
+    """The way to an engine of a prefill worker, connected or not yet."""
 
     name: str
     """host:port of its bootstrap server."""
@@ -125,6 +125,11 @@ class DecodeRooms:
             self.fail(state, error)
 
     # From the source and its sessions
+
+    def move(self, state: DecodeRoom, source: DecodeSource) -> None:
+        """`source` is who has the room; the one before has not told its peers of it."""
+        state.source = source
+        source.open(state)
 
     def connected(self, state: DecodeRoom, peers: Sequence[DecodePeer]) -> None:
         """Give notice to all peers."""

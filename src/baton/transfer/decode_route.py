@@ -1,4 +1,4 @@
-"""The way from a decode rank to one prefill worker: looking its ranks up, and a session with each that has something for us.
+"""The way from a decode rank to one engine of a prefill worker: looking its ranks up, and a session with each that has something for us.
 
 One lost session loses the whole route, since no room can arrive without it; the next room makes a new one. What a session does:
 `decode_session`; what that means to a room: `decode_rooms`.
@@ -20,13 +20,24 @@ _UNSPECIFIED = ("0.0.0.0", "::", "")
 
 
 class DecodeRoute:
-    """Implements `decode_rooms.DecodeSource`. `on_closed(self)` is called once; a new route may take its place then."""
+    """Implements `decode_rooms.DecodeSource` for one data-parallel engine.
+
+    `on_dp_size(self, size)` is called with the worker's number of engines before any of its ranks is, and may take rooms away
+    (`take_waiting`). `on_closed(self)` is called once; a new route may take its place then.
+    """
 
     def __init__(
-        self, context: DecodeContext, address: tuple[str, int], on_closed: "Callable[[DecodeRoute], None]"
+        self,
+        context: DecodeContext,
+        address: tuple[str, int],
+        dp_group: int,
+        on_dp_size: "Callable[[DecodeRoute, int], None]",
+        on_closed: "Callable[[DecodeRoute], None]",
     ) -> None:
         """`address`: of the bootstrap server."""
         self.address = address
+        self.dp_group = dp_group
+        self._on_dp_size = on_dp_size
         self.name = f"{address[0]}:{address[1]}"
         self._context = context
         self._on_closed = on_closed
@@ -46,6 +57,11 @@ class DecodeRoute:
             self._context.rooms.connected(state, self._sessions)
         else:
             self._waiting.append(state)
+
+    def take_waiting(self) -> list[DecodeRoom]:
+        """The rooms that the prefill has not heard of; they are no longer ours."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
 
     def drop(self, reason: str) -> None:
         """End all sessions; every room fails. Does nothing the second time."""
@@ -68,7 +84,11 @@ class DecodeRoute:
         limit_s = self._context.config.connect_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                await self._open_sessions(await look_up(*self.address))
+                found = await look_up(*self.address, self.dp_group)
+                if found.dp_size:
+                    self._on_dp_size(self, found.dp_size)
+                if not self._closed:
+                    await self._open_sessions(found)
         except TimeoutError:
             self.drop(f"no connection within {limit_s:g} s")
         except (OSError, TransferError) as error:
@@ -82,8 +102,7 @@ class DecodeRoute:
 
     async def _open_sessions(self, found: PrefillRanks) -> None:
         context = self._context
-        if found.dp_size != 1:
-            raise TransferError(f"a prefill worker with data parallelism is not supported: dp_size={found.dp_size}")
+        found.need_all()
         ranks = found.ranks
         sources = _slices(ranks, whole_slice(context.hello.layout))
         links = plan_links(sources, context.slices)
@@ -102,8 +121,7 @@ class DecodeRoute:
             sources, context.hello.layout
         )  # After the hellos: other models are refused by the field that differs.
         self._is_connected = True
-        waiting, self._waiting = self._waiting, []
-        for state in waiting:
+        for state in self.take_waiting():
             context.rooms.connected(state, self._sessions)
 
 

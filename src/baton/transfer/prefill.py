@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from urllib.parse import urlsplit
 
+import msgspec
+
 from baton.protocol.errors import ErrorInfo
 from baton.transfer.base import Bootstrapped, Event, FirstToken, PageLayout, PrefillTransfer, Wake
 from baton.transfer.bootstrap import Registration, register
@@ -130,7 +132,9 @@ class RankPrefillTransfer:
     # Beyond the contract
 
     def register(self, bootstrap: tuple[str, int], entries: Sequence[Registration]) -> None:
-        """Make the ranks of this worker known to its bootstrap server, and go on doing so. Rank 0 calls it, once, for all."""
+        """Make the ranks of this engine known to its worker's bootstrap server, and go on doing so. Rank 0 calls it, once, for all."""
+        size, rank = self._config.dp_size, self._config.dp_rank
+        entries = [msgspec.structs.replace(one, system_dp_size=size, system_dp_rank=rank) for one in entries]
         self._thread.ask(lambda: self._thread.start(self._keep_registered(bootstrap, entries), "register"))
 
     def wait_registered(self, timeout_s: float) -> bool:
@@ -208,7 +212,7 @@ def _offer_shared_memory(memory: Pages) -> ShmServer | None:
 
 
 def registration(rank: int, tp_size: int, pp_size: int, address: tuple[str, int], held: Slice) -> Registration:
-    """Of a rank that holds `held`; ranks are numbered stage after stage."""
+    """Of a rank of an engine that holds `held`; ranks are numbered stage after stage."""
     stage, tp_rank = divmod(rank, tp_size)
     return Registration("Prefill", tp_size, tp_rank, 1, 0, pp_size, stage, 1, 0, *address, held)
 

@@ -148,6 +148,8 @@ class Dispatcher:
     """SGLang's rule: the engine is the request's bootstrap room modulo the number of engines."""
     must_follow_room: bool = False
     """A prefill worker: the decode side computes from the room which engine it meets."""
+    first_dp_rank: int = 0
+    """The number of the first engine (see `EngineArgs.dp_group`)."""
 
     def dispatch(self, submits: Sequence[Submit], loads: list[EngineLoad], dp_rank: int | None) -> list[int]:
         """The engine's index for each of `submits`. `dp_rank`: the one that the request asks for.
@@ -161,16 +163,17 @@ class Dispatcher:
         found: list[int] = []
         for position, submit in enumerate(submits):
             room = _room_of(submit) if self.follows_room else None
-            if room is not None and self.must_follow_room and dp_rank not in (None, room % count):
+            of_room = None if room is None else (room - self.first_dp_rank) % count
+            if self.must_follow_room and of_room is not None and dp_rank not in (None, of_room):
                 raise bad_request(
-                    f"data_parallel_rank {dp_rank} cannot be had: on a prefill worker the engine is bootstrap_room modulo {count}, "
-                    f"here {room % count}.",
+                    f"data_parallel_rank {dp_rank} cannot be had: on a prefill worker bootstrap_room picks the engine, here {of_room} "
+                    f"of {count}.",
                     "data_parallel_rank",
                 )
             if dp_rank is not None:
                 chosen = dp_rank
-            elif room is not None:
-                chosen = room % count
+            elif of_room is not None:
+                chosen = of_room
             elif position and submits[position - 1].input_ids is submit.input_ids:
                 chosen = found[-1]
             else:
@@ -191,4 +194,5 @@ def dispatcher_of(args: EngineArgs, ready: Ready) -> Dispatcher:
     """What the flags ask for. `ready`: of every engine."""
     is_prefill = args.disaggregation_mode == "prefill"
     balancer = make_balancer(args.load_balance_method, ready.page_size, ready.max_total_num_tokens // ready.page_size)
-    return Dispatcher(balancer, is_prefill or args.load_balance_method == "follow_bootstrap_room", is_prefill)
+    follows_room = is_prefill or args.load_balance_method == "follow_bootstrap_room"
+    return Dispatcher(balancer, follows_room, is_prefill, args.dp_rank)
