@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from baton.engine.args import EngineArgs, parse_engine_args
 from baton.engine.distributed.engines import EnginePlan, plan_of_host
+from baton.engine.distributed.fits import need_fit_of_model
 from baton.engine.distributed.node import run_node
 from baton.engine.distributed.processes import stop_ranks
 from baton.engine.server.channel import ChannelAddress
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
 def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG) -> int:
     """`argv`: the flags that made `args`, for the ranks. Raises `BatonError` or OSError when the worker cannot start."""
     model_path = resolve_model(args.model_path, args.revision)
+    need_fit_of_model(args, model_path, os.environ)
     plan = plan_of_host(args)
     if plan.note is not None:
         logger.warning("%s", plan.note)

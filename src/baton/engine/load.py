@@ -15,6 +15,7 @@ import torch
 
 from baton.engine.args import EngineArgs
 from baton.engine.distributed.connect import Pool
+from baton.engine.distributed.fits import need_fit
 from baton.engine.distributed.group import Group
 from baton.engine.distributed.ring import Ring
 from baton.engine.distributed.topology import Topology
@@ -91,7 +92,11 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     page_size = args.page_size or DEFAULT_PAGE_SIZE
     fingerprint = model_fingerprint(path, config, args.load_format, dummy_seed=args.random_seed or 0)
     topology = Topology() if group is None else group.topology
-    ep_size = choose_ep_size(args, config, device, topology.tp_size)
+    need_fit(args, config, topology, os.environ)
+    if args.tp_size > config.num_heads and topology.rank == 0:
+        given = (args.tp_size, config.num_heads)
+        logger.warning("--tp-size %d is served here, but not on GPUs: the model has %d query heads", *given)
+    ep_size = choose_ep_size(args.ep_size, device, topology.tp_size)
     borders = plan_stages(config, topology.pp_size, os.environ)
     stage = None if topology.pp_size == 1 else Stage(topology.stage, borders)
     in_c = computes_in_c(args.own_attention_backend, config, dtype, device, topology.tp_size, ep_size)
@@ -154,17 +159,11 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
     )  # fmt: skip
 
 
-def choose_ep_size(args: EngineArgs, config: ModelConfig, device: torch.device, num_ranks: int) -> int:
-    """--ep-size, or less where fewer ranks run than --tp-size asks for. Raises `ModelError`."""
-    if args.ep_size == 1:
-        return 1
-    if config.experts is None:
-        raise ModelError(f"--ep-size {args.ep_size}: this {config.architecture} has no experts; leave the flag out.")
-    if args.ep_size > config.experts.num_experts:
-        raise ModelError(f"--ep-size {args.ep_size}: the model has {config.experts.num_experts} experts.")
-    ep_size = math.gcd(args.ep_size, num_ranks)
-    if ep_size != args.ep_size:
-        logger.warning("--ep-size %d: %d, since %d rank(s) run", args.ep_size, ep_size, num_ranks)
+def choose_ep_size(asked: int, device: torch.device, num_ranks: int) -> int:
+    """--ep-size, or less where fewer ranks run than --tp-size asks for."""
+    ep_size = math.gcd(asked, num_ranks)
+    if ep_size != asked:
+        logger.warning("--ep-size %d: %d, since %d rank(s) run", asked, ep_size, num_ranks)
     if device.type == "cpu" and ep_size not in (1, num_ranks):
         logger.warning(
             "--ep-size %d of %d ranks is computed by torch; the C kernels know 1 and %d", ep_size, num_ranks, num_ranks

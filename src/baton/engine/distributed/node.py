@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from baton.engine.args import EngineArgs
 from baton.engine.distributed.engines import plan_of_host
+from baton.engine.distributed.fits import need_fit_of_model
 from baton.engine.distributed.processes import stop_ranks
 from baton.engine.server.channel import FROZEN_S, ChannelAddress, ServerChannel
 from baton.engine.server.main import bind, http_server
@@ -33,11 +34,12 @@ FATAL_GRACE_S = 0.2
 
 def run_node(args: EngineArgs, argv: Sequence[str]) -> int:
     """Serve until SIGTERM, SIGINT or the end of the group. Returns the exit status: 0 when this node or rank 0 was told to stop, else 1."""
+    model_path = resolve_model(args.model_path, args.revision)
+    need_fit_of_model(args, model_path, os.environ)
+    [engine] = plan_of_host(args).engines  # several are on one node only
     default = EngineArgs()
     wants_health = (args.host, args.port) != (default.host, default.port)
     health_socket = bind(args.host, args.port) if wants_health else None
-    model_path = resolve_model(args.model_path, args.revision)
-    [engine] = plan_of_host(args).engines  # several are on one node only
     address = ChannelAddress.create()
     rank = subprocess.Popen(
         [sys.executable, "-m", "baton.engine.distributed.follower", str(os.getpid()), "0", address.directory, *argv,
