@@ -41,11 +41,11 @@ def started(directory: Path, name: str, command: str) -> Iterator[subprocess.Pop
         process.wait(10)
 
 
-def wait_healthy(url: str, directory: Path) -> None:
+def wait_healthy(url: str, directory: Path, path: str = "/health") -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            if request(url, "GET", "/health")[0] == 200:
+            if request(url, "GET", path)[0] == 200:
                 return
         time.sleep(0.1)
     raise AssertionError("\n".join(one.read_text() for one in directory.glob("*.log")))
@@ -125,10 +125,23 @@ def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol_and_behind_
         assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="llm"} 1.0' in str(metrics)
         assert "Paris" in handed
         assert handed == ask("kv_consumer")["choices"][0]["message"]["content"], "the same as without a prefill server"
-        routing = "exec python3 -m sglang_router.launch_router --pd-disaggregation --host 127.0.0.1"
-        routing += f" --port {ports['router']} --prefill {urls['kv_producer']} {side_channel_port} --decode {urls['kv_consumer']}"
-        with started(tmp_path, "router", routing):
-            wait_healthy(urls["router"], tmp_path)
-            routed = ask("router")
-            assert routed["id"].startswith("chatcmpl-")
-            assert routed["choices"][0]["message"]["content"] == handed, "our router pairs them by its own protocol"
+        launch = f"exec python3 -m sglang_router.launch_router --host 127.0.0.1 --port {ports['router']}"
+        given = {
+            "vllm": f"--prefill {urls['kv_producer']} --decode {urls['kv_consumer']}",  # found out by the router
+            "sglang": f"--prefill {urls['kv_producer']} {side_channel_port} --decode {urls['kv_consumer']}",
+        }
+        for protocol, workers in given.items():
+            with started(tmp_path, protocol, f"{launch} {workers}"):
+                wait_healthy(urls["router"], tmp_path, "/readiness")
+                routed = ask("router", n=2, logprobs=True)
+                assert routed["id"].startswith("chatcmpl-")
+                alone = ask("kv_consumer", n=2, logprobs=True)
+                assert routed["choices"] == alone["choices"], f"by {protocol}'s protocol as by one worker"
+                assert routed["usage"] == alone["usage"]
+                client = openai.OpenAI(base_url=f"{urls['router']}/v1", api_key="none", max_retries=0)
+                chunks = client.chat.completions.create(
+                    model="llm", messages=QUESTION, max_tokens=24, temperature=0, stream=True
+                )  # type: ignore[call-overload]
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == handed
+                counted = f'baton_router_handovers_total{{protocol="{protocol}",outcome="paired"}} 2'
+                assert counted in request(urls["router"], "GET", "/metrics")[1]
