@@ -58,7 +58,7 @@ class FakeVllm(FakeWorker):
         return self.fabric.vllm.offers  # type: ignore[attr-defined,no-any-return]
 
     def is_open(self, path: str) -> bool:
-        return not path.startswith("/v1/")
+        return path in ("/health", "/version") if self.is_baton else not path.startswith("/v1/")
 
     def small_answer(self, path: str) -> tuple[int, bytes]:
         if path == "/version" and self.version is not None:

@@ -8,7 +8,7 @@ from tests.fakes.fake_vllm import FakeVllm
 from tests.fakes.fake_worker import Fabric, FakeWorker, expected_text
 from tests.fakes.router_bed import bed, eventually
 
-from baton.router.config import HealthConfig, WorkerSpec
+from baton.router.config import BreakerConfig, HealthConfig, WorkerSpec
 
 BODY = {"model": "fake", "prompt": "p", "max_tokens": 4}
 BATON = partial(FakeVllm, is_baton=True)
@@ -192,6 +192,13 @@ async def test_of_two_that_are_both_one_may_die():
         b.both[0].kill()
         for _ in range(4):
             assert (await b.ask("/v1/completions", BODY)).status == 200
+
+
+async def test_what_one_does_as_decode_does_not_speak_against_it_as_prefill():
+    async with bed(0, 0, both=2, make=FakeVllm, breaker=BreakerConfig(failure_threshold=1)) as b:
+        b.both[1].faults.status = 500  # asked as decode first: the other one was chosen for prefill
+        assert (await b.ask("/v1/completions", BODY)).status == 200
+        assert [one.breaker.state for one in b.router.core.registry.by_role["decode"]] == ["closed", "open"]
 
 
 async def test_one_that_is_both_is_listed_twice_and_removed_at_once():

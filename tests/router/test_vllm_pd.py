@@ -12,7 +12,7 @@ from tests.fakes.fake_worker import expected_text
 from tests.fakes.router_bed import Bed, Reply, bed, connect, eventually, http_request
 
 from baton.protocol.hops import Resume
-from baton.router.config import HealthConfig, RetryConfig
+from baton.router.config import BreakerConfig, HealthConfig, RetryConfig
 from baton.router.retry import Answer
 from baton.router.vllm_pd import decode_body, handed_over, members_of, prefill_body
 
@@ -207,9 +207,11 @@ async def test_a_prefill_without_a_connector_is_named():
         assert b.prefill[0].url in error["message"]
         assert "--kv-transfer-config" in error["message"]
         assert not b.decode[0].seen
-    async with vllm_bed(prefill=2) as b:
+    async with vllm_bed(prefill=2, breaker=BreakerConfig(failure_threshold=1)) as b:
         b.prefill[0].has_connector = False
-        assert (await b.ask("/v1/completions", COMPLETION)).status == 200
+        for _ in range(4):
+            assert (await b.ask("/v1/completions", COMPLETION)).status == 200
+        assert len(b.prefill[0].seen) == 1, "its breaker has opened"
 
 
 async def test_a_decode_of_vllm_that_dies_in_mid_stream_ends_in_a_retryable_error():
