@@ -51,6 +51,32 @@ def test_running_requests_are_spread_over_the_steps_in_flight() -> None:
     assert {len(tokens) for tokens in worker.ledger.tokens.values()} == {3}
 
 
+def test_those_that_waited_longest_go_first() -> None:
+    worker = Worker(pipeline_depth=2)
+    decoding(worker, *"abcd")
+    for _ in range(6):
+        worker.begin_step()
+        worker.end_step()
+    assert {len(tokens) for tokens in worker.ledger.tokens.values()} == {4}
+
+
+def test_a_worker_is_not_idle_while_a_prompt_is_in_flight() -> None:
+    """An idle one forgets how much output it expected."""
+    worker = Worker(pipeline_depth=2)
+    decoding(worker, "a", num_tokens=5)
+    for _ in range(3):
+        worker.begin_step()
+        worker.end_step()
+    ratio = worker.scheduler.state().new_token_ratio
+    worker.begin_step()
+    worker.add(submit("b", [50], 2))
+    worker.begin_step()
+    worker.end_step()
+    assert worker.ledger.finishes["a"].type == "length"
+    assert worker.begin_step() is None
+    assert worker.scheduler.state().new_token_ratio < ratio
+
+
 def test_a_new_request_does_not_wait_for_a_round_and_nobody_waits_for_two() -> None:
     worker = Worker(pipeline_depth=2)
     decoding(worker, *"abcd")
