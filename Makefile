@@ -42,13 +42,13 @@ lint:
 unit:
 	$(BIN)/pytest -m "not e2e and not slow and not gpu" --ignore tests/e2e -n 3 --dist worksteal
 
-# Unit tests wait a good part of their time: a third process and lint use it. End-to-end tests start whole services
-# and run one after the other.
+# Tests wait a good part of their time: more of them at once, and lint, use it. A file of end-to-end tests shares its
+# services, so it stays in one process.
 check: setup ## lint, types, unit tests (under a minute)
 	@$(MAKE) --no-print-directory -j2 lint unit
 
 test: check ## everything that CI runs: check + end-to-end
-	$(BIN)/pytest -m "e2e and not slow and not gpu" --durations=12
+	$(BIN)/pytest -m "e2e and not slow and not gpu" -n 2 --dist loadfile --durations=12
 
 test-slow: setup ## long tests (minutes each, no special hardware)
 	$(BIN)/pytest -m slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,12 @@ import typer
 import yaml
 from tests.controllers.builders import group, role
 from tests.controllers.conftest import Bench
+from tests.fakes.ports import free_port
 from typer.testing import CliRunner
 
 from baton.api.resources import LEASES, ROLE_BASED_GROUPS
 from baton.cli.operator import operator
 from baton.controllers.runner.operator import OperatorOptions, run_operator
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 async def get(port: int, path: str) -> tuple[int, str]:

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from tests.e2e.service import Process, Service, free_port, request, running
+from tests.e2e.service import Process, Service, request, running
+from tests.fakes.ports import free_port
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]

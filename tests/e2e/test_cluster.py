@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.e2e.cluster_bed import Cluster, Traffic, cluster, kill, pids_with, until
-from tests.e2e.service import free_port
+from tests.fakes.ports import free_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pd.yaml"
 ISOLATIONS = ("bubblewrap", "plain")
@@ -138,7 +138,7 @@ def change_image_in_place(one: Cluster) -> None:
     before = {name: one.get("pod", name) for name in pods}
     path = f"{PREFILL}/template/spec/containers/0/image"
     patch(one, f'{{"op":"replace","path":"{path}","value":"lmsysorg/sglang:v0.5.7"}}')
-    until(lambda: is_settled(one, 3), "every prefill pod is updated", 90)
+    until(lambda: is_settled(one, 3), "every prefill pod is updated", 180)
     for name in pods:
         now = one.get("pod", name)
         assert now["metadata"]["uid"] == before[name]["metadata"]["uid"], "same pod"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.cluster_bed import Cluster, cluster, until
-from tests.e2e.service import free_port, request
+from tests.e2e.service import request
+from tests.fakes.ports import free_port
 
 SHARED = Path(__file__).parents[3] / "shared" / "manifests"
 """Other people's manifests, which cannot be copied here; without them there is nothing to run."""

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tests.e2e.clients import generate_all
 from tests.e2e.cluster_bed import Cluster, cluster, kill, pids_with, until
-from tests.e2e.service import Process, free_port, request
+from tests.e2e.service import Process, request
 from tests.e2e.test_cluster_manifests import SHARED, forwarded, needs_shared
+from tests.fakes.ports import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAT = {

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from tests.e2e.clients import generate_all
 from tests.e2e.prompts import mixed_bodies
-from tests.e2e.service import Process, Service, free_port, running
+from tests.e2e.service import Process, Service, running
+from tests.fakes.ports import free_port
 
 import baton.standins
 from baton.protocol.errors import WORKER_LOST

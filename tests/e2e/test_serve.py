@@ -8,7 +8,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.e2e.service import free_port, request
+from tests.e2e.service import request
+from tests.fakes.ports import free_port
 
 
 def baton(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

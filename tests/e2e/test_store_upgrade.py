@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from tests.e2e.cluster_bed import Cluster, cluster, until
-from tests.e2e.service import free_port, request
+from tests.e2e.service import request
 from tests.fakes.mooncake_service import MISSING
+from tests.fakes.ports import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE_SIZE = 16

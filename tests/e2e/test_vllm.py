@@ -13,7 +13,8 @@ from typing import Any
 
 import openai
 import pytest
-from tests.e2e.service import free_port, request
+from tests.e2e.service import request
+from tests.fakes.ports import free_port
 
 import baton
 

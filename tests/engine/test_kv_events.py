@@ -1,12 +1,12 @@
 """KV events on the wire: the very bytes that vLLM and SGLang publish, and a publisher that never waits and can replay."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import msgspec
 import pytest
 import zmq
+from tests.fakes.ports import free_port
 
 from baton.engine.kv_events import KvEventPublisher, KvEventsError
 from baton.kvcache.keyed_cache import Cleared, Removed, Stored
@@ -37,12 +37,6 @@ WIRE = (
 BATCH = EventBatch(
     1.5, [BlockStored([1, -2], None, [1, 2, 3, 4], 2), BlockRemoved([2**40]), AllBlocksCleared()], attn_dp_rank=0
 )
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.fakes.ports import free_port
 
 from baton.kvcache.stores.base import StoreError
 from baton.kvcache.stores.mooncake import load_client
@@ -24,12 +25,6 @@ except StoreError as error:
     MISSING = str(error)
 
 needs_mooncake = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

@@ -8,17 +8,12 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from tests.fakes.ports import free_port
 
 from baton.cluster.services.agent import backends
 from baton.cluster.services.proxy import Frontend, Proxy
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from tests.cluster.services.test_proxy import free_port, listening, saying
+from tests.cluster.services.test_proxy import listening, saying
 from tests.fakes.memory_api import MemoryApi
 from tests.fakes.node_bed import eventually
+from tests.fakes.ports import free_port
 
 from baton.cluster.services import agent as agent_module
 from baton.cluster.services.agent import ServiceAgent
