@@ -73,8 +73,7 @@ class Link:
 def plan_links(sources: Sequence[Slice], targets: Sequence[Slice]) -> list[Link]:
     """Who sends what so that every target has its slice, each byte of it from one source; ordered by target, then source.
 
-    Replicas (ranks with equal slices) share the work: among as many targets as evenly as can be, and where there are fewer
-    targets than replicas, by layers. Every source has a link, and 0 and 0 have one, if need be of `NOTHING`: each source is told
+    Replicas (ranks with equal slices) share the work to within a layer. Every source has a link, and 0 and 0 have one, if need be of `NOTHING`: each source is told
     of every room, and the first token travels between the leading ranks.
     """
     links = [
@@ -102,18 +101,17 @@ def check_whole(slices: Sequence[Slice], layout: PageLayout) -> None:
 
 
 def _share(both: Slice, holders: list[int], takers: list[int]) -> list[Link]:
-    if both.is_empty:
-        return []
-    links = []
-    for place, target in enumerate(takers):
-        first = place * len(holders) // len(takers)
-        chosen = holders[first : max(first + 1, (place + 1) * len(holders) // len(takers))]
-        start, count = both.layers[0], both.layers[1] - both.layers[0]
-        for number, source in enumerate(chosen):
-            layers = start + count * number // len(chosen), start + count * (number + 1) // len(chosen)
-            part = Slice(layers, both.kv_heads)
-            if not part.is_empty:
-                links.append(Link(source, target, part))
+    """`both`: what holders and takers have in common. The layers of all takers, one taker after the other, are dealt out evenly."""
+    (start, end), links = both.layers, []
+    count = 0 if both.is_empty else end - start
+    total = count * len(takers)
+    for place, source in enumerate(holders):
+        begins, ends = place * total // len(holders), (place + 1) * total // len(holders)
+        for number, target in enumerate(takers):
+            behind = start - number * count
+            layers = _overlap((begins + behind, ends + behind), both.layers)
+            if layers[0] < layers[1]:
+                links.append(Link(source, target, Slice(layers, both.kv_heads)))
     return links
 
 
