@@ -67,7 +67,7 @@ class Worker:
 
     def start(self, args: EngineArgs, group: LeaderGroup | None) -> None:
         engine = assemble(args, self._channel.wake, group)
-        self.tiers, self._transfer = engine.tiers, engine.transfer
+        self.tiers, self.transfer = engine.tiers, engine.transfer
         self._loop = RankLoop(engine, self._channel)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -77,7 +77,7 @@ class Worker:
         self._channel.wake()
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
-        for one in (self.tiers, self._transfer):
+        for one in (self.tiers, self.transfer):
             if one is not None:
                 one.close()
 
