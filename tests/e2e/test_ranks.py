@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.clients import generate_all
 from tests.e2e.prompts import mixed_bodies
-from tests.e2e.service import Process, Service, running
+from tests.e2e.service import Process, Service, request, running
 from tests.fakes.ports import free_port
 
 import baton.standins
@@ -93,12 +93,15 @@ def test_a_leader_that_is_told_to_stop_ends_both_nodes_without_failure(group: Se
     assert "rank 0 was told to stop" in follower.tail()
 
 
-def test_prefill_with_two_ranks_and_decode_with_one(demo_model: Path, tmp_path: Path, aggregated: Process) -> None:
-    """Whole pages are handed over, so the two sides need not have the same number of ranks."""
+def test_prefill_ranks_with_a_pool_each_and_decode_ranks_that_share_one(
+    demo_model: Path, tmp_path: Path, aggregated: Process
+) -> None:
+    """Two slices of uneven size come together in whole pages."""
     with running(demo_model, tmp_path) as service:
-        service.environment["BATON_RANKS_PER_HOST"] = "2"
-        service.worker("prefill-0", "prefill", "--tp", "2")
-        service.worker("decode-0", "decode")
+        service.environment |= {"BATON_RANKS_PER_HOST": "2", "BATON_COLLECTIVE": "tcp"}
+        prefill = service.worker("prefill-0", "prefill", "--tp", "2")
+        del service.environment["BATON_COLLECTIVE"]
+        service.worker("decode-0", "decode", "--tp", "2")
         service.wait_ready()
         service.router()
         service.wait_ready()
@@ -107,4 +110,8 @@ def test_prefill_with_two_ranks_and_decode_with_one(demo_model: Path, tmp_path: 
         answers = generate_all(service.processes["router"].url, bodies, concurrency=8)
         for body, ours, theirs in zip(bodies, answers, expected, strict=True):
             assert ours["output_ids"] == theirs["output_ids"], body
-        assert "ranks=2" in service.processes["prefill-0"].log.read_text()
+        assert "ranks=2" in prefill.log.read_text()
+        port = json.loads(prefill.get("/get_server_info")[1])["disaggregation_bootstrap_port"]
+        query = "/route?engine_rank=-1&target_dp_group=-1&target_pp_rank=-1"
+        sizes = {"prefill_attn_tp_size": 2, "prefill_dp_size": 1, "prefill_pp_size": 1}
+        assert json.loads(request(f"http://127.0.0.1:{port}", "GET", query)[1]) == sizes
