@@ -71,12 +71,15 @@ async def test_openai_s_newer_name_of_max_tokens():
         assert b.decode[0].seen[0].body["max_completion_tokens"] == 5
 
 
-async def test_a_client_s_request_id_is_in_the_answer_and_others_are_not_repeated():
+async def test_a_client_s_id_begins_the_servers_and_may_be_repeated():
+    """The servers refuse one id twice: a prefill keeps what it has for a decode under it."""
     async with vllm_bed() as b:
-        headers = {"x-request-id": "mine"}
-        replies = [await b.ask(PATHS[0], CHAT, headers) for _ in range(2)]  # the servers refuse one id twice
-        assert [reply.headers["x-request-id"] for reply in replies] == ["mine", "mine"]
-        assert (await b.ask(PATHS[0], CHAT | {"request_id": "own"})).json["id"] == "chatcmpl-own"
+        for _ in range(2):
+            reply = await b.ask(PATHS[0], CHAT, {"x-request-id": "mine"})
+            assert reply.headers["x-request-id"] == "mine"
+            assert reply.json["id"].startswith("chatcmpl-mine-")
+            reply = await b.ask(PATHS[0], CHAT | {"request_id": "own"}, {"x-request-id": "mine"})
+            assert reply.json["id"].startswith("chatcmpl-own-")
         for bad in ("a\nb", "", 7, "x" * 300):
             assert (await b.ask(PATHS[0], CHAT | {"request_id": bad})).status == 200
 
@@ -159,6 +162,17 @@ async def test_the_openai_client_works():
         with pytest.raises(openai.BadRequestError, match="too long"):
             await client.chat.completions.create(**CHAT)
         await client.close()
+
+
+async def test_cache_aware_sends_one_beginning_to_one_prefill():
+    async with vllm_bed(prefill=2, decode=2, prefill_policy="cache_aware") as b:
+        for question in range(6):
+            for document in ("first", "second"):
+                body = COMPLETION | {"prompt": f"{document} document " * 40 + str(question)}
+                assert (await b.ask("/v1/completions", body)).status == 200
+        beginnings = [{seen.body["prompt"].split()[0] for seen in worker.seen} for worker in b.prefill]
+        assert sorted(beginnings, key=str) == [{"first"}, {"second"}]
+        assert [len(worker.seen) for worker in b.decode] == [6, 6], "round robin"
 
 
 # What goes wrong
@@ -286,6 +300,27 @@ async def test_a_prefill_that_stops_answering_before_its_kv_is_taken_is_left(is_
         stuck.frozen = True
         assert text_of("/v1/completions", await client.reply()) == expected_text("once", 0, 8)
         assert len(b.prefill[1].seen) == 1
+        await _nothing_left(b)
+
+
+async def test_a_prefill_that_is_lost_while_decode_is_connected_to_is_left(monkeypatch):
+    async with vllm_bed(prefill=2) as b:
+        prefill, (decode,) = b.router.core.registry.by_role["prefill"][0], b.router.core.registry.by_role["decode"]
+        connect_to_decode, gate = decode.pool.connect, asyncio.Event()
+
+        async def slowly():
+            await gate.wait()
+            return await connect_to_decode()
+
+        monkeypatch.setattr(decode.pool, "get_idle", lambda: None)
+        monkeypatch.setattr(decode.pool, "connect", slowly)
+        ask = asyncio.create_task(b.ask("/v1/completions", COMPLETION | {"stream": True}))
+        await eventually(lambda: any(one.held is prefill for one in b.router.core.progress_on(prefill)))
+        for attempt in b.router.core.progress_on(prefill):
+            attempt.give_up_on(prefill, "it does not answer")
+        gate.set()
+        assert text_of("/v1/completions", await ask) == expected_text("once", 0, 8)
+        assert len(b.decode[0].seen) == len(b.prefill[1].seen) == 1
         await _nothing_left(b)
 
 

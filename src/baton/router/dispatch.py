@@ -23,7 +23,7 @@ from baton.router.workers import Worker
 _TIMEOUT_HEADER = TIMEOUT_HEADER.encode()
 _TOKEN_IDS_LINE = TOKEN_IDS_HEADER.encode() + b": 1\r\n"
 MAX_ID_CHARS = 200
-"""Of a client's `request_id` (vLLM's): it becomes a header."""
+"""Of a client's own id, where it becomes the beginning of ours."""
 
 
 class Dispatch:
@@ -35,6 +35,7 @@ class Dispatch:
         self._view = view
         self._sink = sink
         self._deadline_s = deadline_s
+        self._is_vllm = core.protocol == "vllm"
         self.batch_size = view.batch_size()
         self.relay = StreamRelay() if view.is_stream else None
         self.attempt: Attempt | None = None
@@ -48,14 +49,19 @@ class Dispatch:
 
     def _chosen_id(self) -> str | list[str]:
         view, request = self._view, self._request
-        if self._core.protocol == "vllm":
-            with suppress(msgspec.DecodeError):
-                given = msgspec.json.decode(view.request_id, type=str)
-                if 0 < len(given) <= MAX_ID_CHARS and given.isascii() and given.isprintable():
-                    return given
-        elif view.rid and (rid := bodies.client_rids(view)) is not None:
+        if not self._is_vllm and (rid := bodies.client_rids(view)) is not None:
             return rid
+        if self._is_vllm and (view.request_id or not request.request_id_is_ours):
+            return self._unique_id()
         return request.request_id if request.request_id_is_ours else self._core.new_id()
+
+    def _unique_id(self) -> str:
+        """Begins with the client's, but is no other's: vLLM's prefill keeps blocks under it, and would mix two up."""
+        given = self._request.request_id
+        with suppress(msgspec.DecodeError):
+            given = msgspec.json.decode(self._view.request_id, type=str)
+        is_id = len(given) <= MAX_ID_CHARS and given.isascii() and given.isprintable()
+        return f"{given}-{self._core.new_id()[:16]}" if is_id else self._core.new_id()
 
     def abandon(self) -> None:
         if self.attempt is not None and self.attempt.is_unfinished:
@@ -64,12 +70,12 @@ class Dispatch:
     async def send(self, prefill: Worker | None, decode: Worker, *, has_begun: bool) -> Outcome:
         """One try. `has_begun`: the client has seen the head of its stream."""
         self._next_id(has_begun)
-        protocol = self._core.protocol
+        self._is_vllm = self._core.protocol == "vllm"
         self.pair = decode.url
         if prefill is None:
             fields = bodies.rid_field(self._rid, self.batch_size) + self._resume_field()
             return await self._one(self._new_attempt(), decode, bodies.splice(self._request.body, fields))
-        if protocol != "vllm":
+        if not self._is_vllm:
             self.pair = f"{prefill.url},{decode.url}"
             return await self._at_once(prefill, decode)
         # vLLM's prefill gives KV away once: what several sequences would need, the decode server computes by itself.
@@ -171,7 +177,7 @@ class Dispatch:
         return self._rid if isinstance(self._rid, str) else self._rid[0]
 
     def _new_attempt(self, *, merges: bool = False, held: Worker | None = None) -> Attempt:
-        rid = self._own_id() if self._core.protocol == "vllm" else self._rid
+        rid = self._own_id() if self._is_vllm else self._rid
         return Attempt(self._core.loop, self._sink, rid, self.relay, merges, self._abort, held)
 
     def _abort(self, worker: Worker, rid: str | list[str]) -> None:
@@ -192,7 +198,7 @@ class Dispatch:
         request = self._request
         content_type = request.headers.get(b"content-type", b"")
         # vLLM takes this header for its own id, before any in the body: it must be another one for each try.
-        request_id = self._own_id() if self._core.protocol == "vllm" else request.request_id
+        request_id = self._own_id() if self._is_vllm else request.request_id
         return b"".join(
             (
                 b"content-type: %b\r\n" % content_type if content_type else b"",
