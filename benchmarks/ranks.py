@@ -1,9 +1,9 @@
 """What several ranks on one host cost and save: memory of each, and what a collective takes.
 
-    .venv/bin/python benchmarks/ranks.py [--tp 2] [--json FILE]
+    .venv/bin/python benchmarks/ranks.py [--tp 2] [--pp 2] [--json FILE]
 
 - memory: peak of each rank process until the worker is ready (anonymous, and the whole resident set with mapped files), for one
-  rank and for --tp ranks, from safetensors and (with --gguf FILE) from GGUF;
+  rank, for --tp ranks and for --pp stages, from safetensors and (with --gguf FILE) from GGUF;
 - collectives between two processes: a meeting in shared memory, and gather and sum over TCP links and over gloo of the message sizes
   that a decoder of hidden size 576 sends (tokens x 576).
 """
@@ -38,11 +38,11 @@ HIDDEN = 576
 TOKENS = (1, 8, 32, 256, 2048)
 
 
-def rank_peaks(model: Path, tp_size: int, load_format: str) -> dict[str, Any]:
+def rank_peaks(model: Path, tp_size: int, pp_size: int, load_format: str) -> dict[str, Any]:
     """Peak memory in MB of each rank of a worker, sampled every 10 ms until it is ready, and the seconds to get there."""
     port = free_port()
     command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port),
-               "--tp-size", str(tp_size), "--max-total-tokens", "8192", "--load-format", load_format]  # fmt: skip
+               "--tp-size", str(tp_size), "--pp-size", str(pp_size), "--max-total-tokens", "8192", "--load-format", load_format]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"BATON_RANKS_PER_HOST": "8"}
@@ -166,6 +166,7 @@ def collectives() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--gguf", type=Path, help="a GGUF file, to measure too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -174,8 +175,9 @@ def main() -> None:
     if options.gguf:
         models["gguf"] = options.gguf
     for load_format, model in models.items():
-        for tp_size in (1, options.tp):
-            results["memory"][f"{load_format}-tp{tp_size}"] = rank_peaks(model, tp_size, load_format)
+        for tp_size, pp_size in ((1, 1), (options.tp, 1), (1, options.pp)):
+            name = f"{load_format}-tp{tp_size}" + (f"-pp{pp_size}" if pp_size > 1 else "")
+            results["memory"][name] = rank_peaks(model, tp_size, pp_size, load_format)
     report = {"command": " ".join(sys.argv), "machine": describe_machine(), "results": results}
     print(json.dumps(report, indent=1))
     if options.json:
