@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def started(directory: Path, name: str, command: str) -> Iterator[subprocess.Pop
     own = directory / name
     own.mkdir()
     path = f"{STANDINS / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(STANDINS), "TMPDIR": str(own)}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": f"{STANDINS}:{STANDINS.parents[1]}", "TMPDIR": str(own)}
     with (directory / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             ["sh", "-c", command], env=environment, stdout=log, stderr=log, start_new_session=True
@@ -146,3 +147,57 @@ def test_prefill_and_decode_servers_behind_a_proxy_of_vllms_protocol_and_behind_
                 assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == handed
                 counted = f'baton_router_handovers_total{{protocol="{protocol}",outcome="paired"}} 2'
                 assert counted in request(urls["router"], "GET", "/metrics")[1]
+
+
+@pytest.mark.timeout(120)
+def test_kv_both_servers_hand_over_to_each_other_behind_a_proxy_of_vllms_protocol_and_behind_our_router(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    """The proxy asks a server to prefill and takes its `kv_transfer_params` to another, as vLLM's example proxy does."""
+    ports = {name: free_port() for name in ("a", "b", "router")}
+    urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+
+    def command(name: str) -> str:
+        config = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+        serve = f"vllm serve {demo_model} --served-model-name llm --host 127.0.0.1 --port {ports[name]}"
+        return f"VLLM_NIXL_SIDE_CHANNEL_PORT={free_port()} exec {serve} --kv-transfer-config '{config}'"
+
+    def ask(name: str, country: str, **fields: object) -> dict[str, Any]:
+        messages = [{"role": "user", "content": f"What is the capital of {country}?"}]
+        body = {"model": "llm", "messages": messages, "max_tokens": 24, "temperature": 0, **fields}
+        status, answer = request(urls[name], "POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        return dict(json.loads(answer))
+
+    def text(document: dict[str, Any]) -> str:
+        return str(document["choices"][0]["message"]["content"])
+
+    def handed_over(prefill: str, decode: str, country: str) -> str:
+        wanted = {"do_remote_decode": True, "do_remote_prefill": False}
+        params = ask(prefill, country, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
+        return text(ask(decode, country, kv_transfer_params=params))
+
+    def info(name: str) -> dict[str, Any]:
+        return dict(json.loads(request(urls[name], "GET", "/get_server_info")[1]))
+
+    with started(tmp_path, "a", command("a")), started(tmp_path, "b", command("b")):
+        wait_healthy(urls["a"], tmp_path)
+        wait_healthy(urls["b"], tmp_path)
+        pairs = (("a", "b", "France"), ("b", "a", "Italy"), ("a", "a", "Spain"), ("b", "a", "Japan"))
+        with ThreadPoolExecutor(len(pairs)) as pool:  # all at once
+            answers = dict(zip(pairs, pool.map(lambda pair: handed_over(*pair), pairs), strict=True))
+        assert "Paris" in answers[pairs[0]]
+        for (_, decode, country), answer in answers.items():
+            assert answer == text(ask("b" if decode == "a" else "a", country)), "the same as without a hand-over"
+        routing = f"exec python3 -m sglang_router.launch_router --host 127.0.0.1 --port {ports['router']}"
+        routing += f" --prefill {urls['a']} {urls['b']} --decode {urls['a']} {urls['b']}"
+        with started(tmp_path, "router", routing):
+            wait_healthy(urls["router"], tmp_path, "/readiness")
+            routed = ask("router", "France")
+            assert routed["id"].startswith("chatcmpl-")
+            assert text(routed) == answers[pairs[0]]
+        for name in ("a", "b"):
+            state = info(name)["internal_states"][0]
+            assert state["kv_transfer_bootstrap_ms"] > 0, "KV came from the other one"
+            assert state["num_transfer_failed_total"] == 0
+            assert info(name)["page_ownership"] == "ok"

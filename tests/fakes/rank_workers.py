@@ -67,7 +67,7 @@ class Worker:
 
     def start(self, args: EngineArgs, group: LeaderGroup | None) -> None:
         engine = assemble(args, self._channel.wake, group)
-        self.tiers, self.transfer = engine.tiers, engine.transfer
+        self.tiers, self.prefill, self.decode = engine.tiers, engine.prefill, engine.decode
         self._loop = RankLoop(engine, self._channel)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -77,7 +77,7 @@ class Worker:
         self._channel.wake()
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
-        for one in (self.tiers, self.transfer):
+        for one in (self.tiers, self.prefill, self.decode):
             if one is not None:
                 one.close()
 

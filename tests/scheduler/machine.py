@@ -150,65 +150,71 @@ class Worker:
 
 
 class Pair:
-    """A prefill and a decode worker and a transfer that keeps the contract of `transfer.base`, one message at a time.
+    """Two workers and a transfer that keeps the contract of `transfer.base`, one message at a time. Which of them is a room's
+    prefill and which its decode is what they do; one worker may be both.
 
-    While it owns pages of the decode side it scribbles into those it has not written yet, so that a page given back too
+    While it owns pages of a decode side it scribbles into those it has not written yet, so that a page given back too
     early is found by whoever reads it next.
     """
 
     def __init__(self, prefill: Worker, decode: Worker) -> None:
         self.prefill, self.decode = prefill, decode
-        self.expected: set[int] = set()
-        self.receives: dict[int, pd.Receive] = {}
+        self.expected: dict[int, Worker] = {}
+        self.receives: dict[int, tuple[Worker, pd.Receive]] = {}
         self.sends: dict[int, list[pd.SendPages]] = {}
         self.matched: set[int] = set()
         self.ended: set[int] = set()
-        self.to_prefill: deque[Event] = deque()
-        self.to_decode: deque[Event] = deque()
+        self._events: dict[Worker, deque[Event]] = {prefill: deque(), decode: deque()}
+
+    @property
+    def rooms(self) -> list[int]:
+        """That have not ended."""
+        return sorted(self.expected.keys() | self.receives.keys())
 
     def pump_actions(self) -> None:
-        for action in self.prefill.scheduler.drain_actions():
-            match action:
-                case pd.Expect(room, timeout_s):
-                    assert room not in self.expected and timeout_s >= 0
-                    self.expected.add(room)
-                    self._fail_if_over(room)
-                case pd.SendPages(room):
-                    if room in self.ended:
-                        continue  # its end event is on the way
+        for worker in self._events:
+            for action in worker.scheduler.drain_actions():
+                self._perform(worker, action)
+        for room in sorted(self.expected.keys() & self.receives.keys() - self.matched):
+            self.matched.add(room)
+            self._events[self.expected[room]].append(Bootstrapped(room, self.receives[room][1].first_page_idx))
+
+    def _perform(self, worker: Worker, action: pd.Action) -> None:
+        match action:
+            case pd.Expect(room, timeout_s):
+                assert room not in self.expected and timeout_s >= 0
+                self.expected[room] = worker
+                self._fail_if_over(room)
+            case pd.SendPages(room):
+                if room not in self.ended:  # else its end event is on the way
                     assert room in self.matched, "sent before Bootstrapped"
                     self.sends.setdefault(room, []).append(action)
-                    self._write(action)
-                case pd.AbortTransfer(room):
-                    self.fail(room, "aborted by prefill")
-        for action in self.decode.scheduler.drain_actions():
-            match action:
-                case pd.Receive(room):
-                    assert room not in self.receives
-                    self.receives[room] = action
-                    for page in action.page_ids:
-                        self.decode.runner.scribble(page)
-                    self._fail_if_over(room)
-                case pd.AbortTransfer(room):
-                    self.fail(room, "aborted by decode")
-        for room in sorted(self.expected & self.receives.keys() - self.matched):
-            self.matched.add(room)
-            self.to_prefill.append(Bootstrapped(room, self.receives[room].first_page_idx))
+                    self._write(worker, action)
+            case pd.Receive(room):
+                assert room not in self.receives
+                self.receives[room] = worker, action
+                for page in action.page_ids:
+                    worker.runner.scribble(page)
+                self._fail_if_over(room)
+            case pd.AbortTransfer(room, _, side):
+                held = self.expected.get(room) if side == "prefill" else self.receives.get(room, (None, None))[0]
+                assert held in (worker, None), "aborted a room of another"
+                self.fail(room, f"aborted by {side}")
 
-    def _write(self, sent: pd.SendPages) -> None:
+    def _write(self, worker: Worker, sent: pd.SendPages) -> None:
         """Copy at once; the end events come when a test delivers them."""
-        target = self.receives.get(sent.room)
-        if target is None:
+        if sent.room not in self.receives:
             return
+        receiver, target = self.receives[sent.room]
         for i, page in enumerate(sent.page_ids):
             idx = sent.first_page_idx + i - target.first_page_idx
             assert 0 <= idx < len(target.page_ids), "a page that the decode side did not ask for"
-            self.decode.runner.write_page(target.page_ids[idx], self.prefill.runner.read_page(page))
+            receiver.runner.write_page(target.page_ids[idx], worker.runner.read_page(page))
         if sent.first_token is not None:
             self._check_complete(sent.room, target)
             self._close(sent.room)
-            self.to_decode.append(Received(sent.room, sent.first_token, 1000, 0.001, 0.001))
-            self.to_prefill.append(Sent(sent.room, 1000, 0.001))
+            self._events[receiver].append(Received(sent.room, sent.first_token, 1000, 0.001, 0.001))
+            self._events[worker].append(Sent(sent.room, 1000, 0.001))
 
     def _check_complete(self, room: int, target: pd.Receive) -> None:
         sent = [i for s in self.sends[room] for i in range(s.first_page_idx, s.first_page_idx + len(s.page_ids))]
@@ -222,7 +228,7 @@ class Pair:
 
     def _close(self, room: int) -> None:
         self.ended.add(room)
-        self.expected.discard(room)
+        self.expected.pop(room, None)
         self.receives.pop(room, None)
         self.matched.discard(room)
 
@@ -230,22 +236,21 @@ class Pair:
         """Both sides that know the room hear of its end; nothing touches its pages afterwards."""
         error = ErrorInfo("TransferError", 500, message, "transfer", retryable=True)
         if room in self.expected:
-            self.to_prefill.append(Failed(room, error))
+            self._events[self.expected[room]].append(Failed(room, error))
         if room in self.receives:
-            for page in self.receives[room].page_ids:
-                self.decode.runner.scribble(page)
-            self.to_decode.append(Failed(room, error))
+            receiver, action = self.receives[room]
+            for page in action.page_ids:
+                receiver.runner.scribble(page)
+            self._events[receiver].append(Failed(room, error))
         self._close(room)
 
     def deliver(self) -> bool:
-        """Hand over one event a side."""
+        """Hand over one event a worker."""
         delivered = False
-        if self.to_prefill:
-            self.prefill.scheduler.on_transfer_event(self.to_prefill.popleft(), self.prefill.now)
-            delivered = True
-        if self.to_decode:
-            self.decode.scheduler.on_transfer_event(self.to_decode.popleft(), self.decode.now)
-            delivered = True
+        for worker, events in self._events.items():
+            if events:
+                worker.scheduler.on_transfer_event(events.popleft(), worker.now)
+                delivered = True
         return delivered
 
     def step(self) -> bool:
@@ -256,7 +261,9 @@ class Pair:
         return self.deliver() or progress
 
     def run(self, max_steps: int = 3000) -> None:
+        """Until nothing can run. No room that both sides know is left then: each can always go on."""
         for _ in range(max_steps):
             if not self.step() and not self.step():
+                assert not self.matched, f"prefill and decode wait for each other in rooms {self.matched}"
                 return
         raise AssertionError(f"still running after {max_steps} steps")

@@ -4,11 +4,11 @@ end each request has one finish, and whoever finished has exactly the tokens tha
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.fakes.paged_runner import oracle
-from tests.scheduler.lower_tiers import Page
 from tests.scheduler.machine import Pair, Worker, submit
 
 from baton.protocol.rank import Submit
@@ -155,20 +155,16 @@ class PairMachine(RuleBasedStateMachine):
 
     @initialize(prefill=st.fixed_dictionaries(CONFIGS), decode=st.fixed_dictionaries(CONFIGS))
     def start(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
-        page_size = prefill["page_size"]
-        store: dict[bytes, Page] = {}
-        self.pair = Pair(
-            Worker(mode="prefill", eos_token_ids=(EOS,), context_len=60, store=store, **in_pages(prefill)),
-            Worker(
-                mode="decode",
-                store=store,
-                eos_token_ids=(EOS,),
-                context_len=60,
-                num_reserved_decode_tokens=4,
-                **in_pages(decode | {"page_size": page_size}),
-            ),
-        )
+        self.begin(prefill | {"mode": "prefill"}, decode | {"mode": "decode"})
+
+    def begin(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+        same = {
+            "page_size": prefill["page_size"], "store": {}, "eos_token_ids": (EOS,), "context_len": 60,
+            "num_reserved_decode_tokens": 4,
+        }  # fmt: skip
+        self.pair = Pair(Worker(**in_pages(prefill | same)), Worker(**in_pages(decode | same)))
         self.sent: list[Submit] = []
+        self.added: dict[Worker, set[str]] = {self.pair.prefill: set(), self.pair.decode: set()}
 
     @rule(data=st.data(), order=st.sampled_from(["pd", "dp"]), count=st.integers(1, 5))
     def add(self, data: st.DataObject, order: str, count: int) -> None:
@@ -176,8 +172,12 @@ class PairMachine(RuleBasedStateMachine):
             request = data.draw(requests(f"r{len(self.sent)}", 100 + len(self.sent)))
             self.sent.append(request)
             for side in order:
-                (self.pair.prefill if side == "p" else self.pair.decode).add(request)
+                self.send(self.pair.prefill if side == "p" else self.pair.decode, request)
             self.settle()
+
+    def send(self, worker: Worker, request: Submit) -> None:
+        self.added[worker].add(request.rid)
+        worker.add(request)
 
     @rule(data=st.data(), side=st.sampled_from(["prefill", "decode"]))
     def abort(self, data: st.DataObject, side: str) -> None:
@@ -188,9 +188,8 @@ class PairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def transfer_fails(self, data: st.DataObject) -> None:
-        rooms = sorted(self.pair.expected | self.pair.receives.keys())
-        if rooms:
-            self.pair.fail(data.draw(st.sampled_from(rooms)), "broken")
+        if self.pair.rooms:
+            self.pair.fail(data.draw(st.sampled_from(self.pair.rooms)), "broken")
             self.settle()
 
     @rule(side=st.sampled_from(["prefill", "decode"]), ends=st.booleans())
@@ -230,27 +229,72 @@ class PairMachine(RuleBasedStateMachine):
             return
         self.pair.run()
         # Rooms that only one side knows (the other refused or gave up): their time-out.
-        while rooms := sorted(self.pair.expected | self.pair.receives.keys()):
-            for room in rooms:
+        while self.pair.rooms:
+            for room in self.pair.rooms:
                 self.pair.fail(room, "timed out")
             self.pair.run()
         for worker in (self.pair.prefill, self.pair.decode):
             assert worker.scheduler.is_idle
-            assert worker.ledger.finishes.keys() == {request.rid for request in self.sent}
+            assert worker.ledger.finishes.keys() == self.added[worker]
             assert worker.scheduler.flush_cache()
             assert worker.cache.num_free == worker.cache.num_pages
         for request in self.sent:
-            check_request(request, self.pair.decode)
+            check_request(request, self.decoded_by(request))
+
+    def decoded_by(self, request: Submit) -> Worker:
+        return self.pair.decode
+
+
+class BothMachine(PairMachine):
+    """Two workers of mode "both": each is asked to prefill for the other, for itself, and to serve plain requests, with pools that
+    a few prompts fill."""
+
+    @initialize(prefill=st.fixed_dictionaries(CONFIGS), decode=st.fixed_dictionaries(CONFIGS))
+    def start(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+        self.begin(*(config | {"mode": "both", "take_back_after_s": 0.0} for config in (prefill, decode)))
+        self.places: dict[str, Worker] = {}
+
+    @rule(data=st.data(), order=st.sampled_from(["pd", "pd", "dp"]), count=st.integers(1, 5))
+    def add(self, data: st.DataObject, order: str, count: int) -> None:
+        workers = self.pair.prefill, self.pair.decode
+        for _ in range(count):
+            room = 100 + len(self.sent)
+            request = data.draw(requests(f"r{len(self.sent)}", room))
+            prefill, decode = data.draw(st.sampled_from(workers)), data.draw(st.sampled_from(workers))
+            is_plain = data.draw(st.sampled_from([False, False, True]))
+            self.sent.append(request)
+            self.places[request.rid] = decode
+            if is_plain:
+                self.send(decode, msgspec.structs.replace(request, bootstrap=None))
+            for side in "" if is_plain else order:
+                bootstrap = msgspec.structs.replace(request.bootstrap, side="prefill" if side == "p" else "decode")
+                rid = f"prefill-{request.rid}" if side == "p" else request.rid
+                self.send(
+                    prefill if side == "p" else decode, msgspec.structs.replace(request, rid=rid, bootstrap=bootstrap)
+                )
+            self.settle()
+
+    @rule(data=st.data(), side=st.sampled_from(["prefill", "decode"]))
+    def abort(self, data: st.DataObject, side: str) -> None:
+        worker: Worker = getattr(self.pair, side)
+        if self.added[worker]:
+            worker.scheduler.abort(data.draw(st.sampled_from(sorted(self.added[worker]))), "gone", worker.now)
+            self.settle()
+
+    def decoded_by(self, request: Submit) -> Worker:
+        return self.places[request.rid]
 
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestPair = PairMachine.TestCase
 TestPair.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestBoth = BothMachine.TestCase
+TestBoth.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("machine", [SchedulerMachine, PairMachine])
+@pytest.mark.parametrize("machine", [SchedulerMachine, PairMachine, BothMachine])
 def test_long(machine: type[RuleBasedStateMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))

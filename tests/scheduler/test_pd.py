@@ -108,7 +108,7 @@ def test_pages_stay_until_the_transfer_has_ended_even_if_the_client_is_gone() ->
     worker.run()
     worker.scheduler.drain_actions()
     worker.scheduler.abort("a", "gone", worker.now)
-    assert worker.scheduler.drain_actions() == [AbortTransfer(1, "gone")]
+    assert worker.scheduler.drain_actions() == [AbortTransfer(1, "gone", "prefill")]
     worker.step()
     assert worker.ledger.finishes["a"].type == "abort"
     assert worker.cache.num_available == 1
@@ -341,8 +341,8 @@ def test_a_pair_gives_the_tokens_and_log_probabilities_of_one_worker() -> None:
 
 
 def test_decode_that_runs_out_of_pages_computes_the_prompt_again_by_itself() -> None:
-    pair = Pair(prefill_worker(), decode_worker(num_pages=14, page_size=2, num_reserved_decode_tokens=0))
-    pair.prefill = prefill_worker(page_size=2)
+    decode = decode_worker(num_pages=14, page_size=2, num_reserved_decode_tokens=0)
+    pair = Pair(prefill_worker(page_size=2), decode)
     requests = [submit(f"r{i}", range(i * 10, i * 10 + 4), 12, room=i) for i in range(3)]
     for request in requests:
         pair.prefill.add(request)

@@ -18,7 +18,7 @@ from baton.engine.args import engine_args
 from baton.engine.server.app import build_app
 from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient
-from baton.engine.server.context import ServerContext, stage_of
+from baton.engine.server.context import ServerContext
 from baton.engine.server.dialect import Dialect
 from baton.engine.server.dispatch import dispatcher_of
 from baton.engine.server.engines import Engines
@@ -94,11 +94,11 @@ def start(tokenizer: TextTokenizer) -> Start:
         registry = CollectorRegistry()
         text = None if args.skip_tokenizer_init else tokenizer
         metrics = dialect.request_metrics(args, registry)
-        stage = stage_of(args.disaggregation_mode)
+        mode = args.disaggregation_mode
         vocabulary = text.vocabulary if text else None
         engines = Engines(
             [
-                EngineClient(one, vocabulary, stage=stage, metrics=metrics, dp_rank=args.dp_rank + index)
+                EngineClient(one, vocabulary, mode=mode, metrics=metrics, dp_rank=args.dp_rank + index)
                 for index, one in enumerate(channels)
             ]
         )

@@ -57,7 +57,7 @@ def rank(address: ChannelAddress, channel: ServerChannel) -> Iterator[subprocess
 async def test_a_stopped_rank_is_lost_and_its_requests_may_be_retried(
     channel: ServerChannel, rank: subprocess.Popen[bytes]
 ) -> None:
-    client = EngineClient(channel, None, stage="prefill")
+    client = EngineClient(channel, None, mode="prefill")
     engines = Engines([client])
     engines.start()
     job = engines.submit([Submit(rid="a", input_ids=[5], sampling=SamplingParams())], stream_interval=None)

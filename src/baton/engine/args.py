@@ -159,7 +159,7 @@ class EngineArgs:
     otlp_traces_endpoint: str = flag("localhost:4317", "OpenTelemetry", effect="not served", reason="no traces are sent")
 
     # Prefill and decode on separate workers.
-    disaggregation_mode: Literal["null", "prefill", "decode"] = flag("null", "this worker's part", choices=("null", "prefill", "decode"))
+    disaggregation_mode: Literal["null", "prefill", "decode", "both"] = flag("null", "this worker's part; both: each request says, in vLLM's words (`vllm serve` only)", choices=("null", "prefill", "decode", "both"))
     disaggregation_transfer_backend: str = flag("mooncake", "how KV pages travel: shared memory on one host and TCP between hosts, whichever of SGLang's names is given; tcp: never shared memory; fake: not at all", choices=("mooncake", "mooncake_tcp", "nixl", "ascend", "mori", "auto", "tcp", "fake"))
     disaggregation_bootstrap_port: int = flag(8998, "where decode workers meet a prefill worker; 0: any free one", minimum=0, maximum=65535)
     disaggregation_decode_tp: int | None = flag(None, "ranks of the decode workers; none: as here", kind=int, minimum=1, effect="no effect", reason="whole pages are handed over, whatever the ranks of either side")
@@ -191,6 +191,16 @@ class EngineArgs:
         """In a rank: which of its worker's --dp-size engines it belongs to, by SGLang's rule that a request is on engine
         bootstrap_room modulo --dp-size. Engines have consecutive numbers, so all are different here too."""
         return self.dp_rank % self.dp_size
+
+    @property
+    def prefills_for_others(self) -> bool:
+        """Whether decode workers meet this one at its bootstrap server."""
+        return self.disaggregation_mode in ("prefill", "both")
+
+    @property
+    def decodes_for_others(self) -> bool:
+        """Whether this worker goes on with what prefill workers computed."""
+        return self.disaggregation_mode in ("decode", "both")
 
     @property
     def has_tiers(self) -> bool:

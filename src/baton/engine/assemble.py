@@ -17,9 +17,9 @@ from baton.engine.distributed.answers import listen
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.runner import open_runner
 from baton.engine.distributed.tiers import LeadingTiers, agree_host_pages
-from baton.engine.distributed.transfer import LeadingDecode, LeadingPrefill
+from baton.engine.distributed.transfer import LeadingDecode, LeadingPrefill, takers_of
 from baton.engine.errors import ModelError
-from baton.engine.handover import open_transfer
+from baton.engine.handover import open_transfers
 from baton.engine.kv_events import open_kv_events
 from baton.engine.load import choose_device, load_model
 from baton.engine.models.spec import ModelConfig
@@ -43,7 +43,9 @@ class Engine:
 
     scheduler: Scheduler
     runner: Runner
-    transfer: PrefillTransfer | DecodeTransfer | None
+    prefill: PrefillTransfer | None
+    decode: DecodeTransfer | None
+    """The sides of a hand-over that this worker can be."""
     ready: Ready
     tiers: Tiers | None
     publish_kv_events: Callable[[], None] | None
@@ -62,7 +64,7 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     model = load_model(args, device, group)
     config, num_pages, page_size = model.config, model.num_pages, model.page_size
     runner = model.runner if group is None else open_runner(model, group)
-    transfer = open_transfer(args, model, group, wake)
+    prefill, decode = open_transfers(args, model, group, wake)
     shape = page_shape(model)
     host_pages = choose_host_pages(args, num_pages, shape.page_bytes)
     tiers: Tiers | None
@@ -73,8 +75,8 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
     else:
         cache, tiers = open_cache(args, model, shape, host_pages, wake)
     if group is not None:
-        leading = [one for one in (transfer, tiers) if isinstance(one, LeadingPrefill | LeadingDecode | LeadingTiers)]
-        listen(group, {kind: take for one in leading for kind, take in one.takers.items()})
+        sides = [one for one in (prefill, decode) if isinstance(one, LeadingPrefill | LeadingDecode)]
+        listen(group, {**takers_of(sides), **(tiers.takers if isinstance(tiers, LeadingTiers) else {})})
     settings = scheduler_config(args, config, model.context_len, device, runner.depth)
     scheduler = Scheduler(settings, cache, random.Random(args.random_seed))
     logger.info(
@@ -89,12 +91,12 @@ def assemble(args: EngineArgs, wake: Wake, group: LeaderGroup | None = None) -> 
         context_len=model.context_len,
         vocab_size=config.vocab_size,
         page_size=page_size,
-        bootstrap_port=args.disaggregation_bootstrap_port if args.disaggregation_mode == "prefill" else None,
+        bootstrap_port=args.disaggregation_bootstrap_port if args.prefills_for_others else None,
         load_weights_s=model.load_weights_s,
         device=str(device),
         attention_backend=runner.attention_backend,
     )
-    return Engine(scheduler, runner, transfer, ready, tiers, open_kv_events(args, cache, page_size))
+    return Engine(scheduler, runner, prefill, decode, ready, tiers, open_kv_events(args, cache, page_size))
 
 
 def note_batch_dependence(runner: Runner, dtype: str, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A rank's side of the hand-over, as its flags and its pool ask for: for `assemble` on rank 0, and for followers.
+"""A rank's sides of the hand-over, as its flags and its pool ask for: for `assemble` on rank 0, and for followers.
 
 Ranks that share their pool are one to a peer: rank 0 alone has a transfer. Where each has its own, all have one. Not here: how pages
 travel (`transfer`), how the ranks of a worker act together (`distributed.transfer`).
@@ -45,25 +45,29 @@ class _HandOver:
     """Of the prefill worker's HTTP process, as rank 0 reaches it."""
 
 
-def open_transfer(
+def open_transfers(
     args: EngineArgs, model: LoadedModel, group: LeaderGroup | None, wake: Wake
-) -> PrefillTransfer | DecodeTransfer | None:
-    """Of rank 0, for all ranks; None: it hands nothing over. Raises `BatonError`, OSError."""
+) -> tuple[PrefillTransfer | None, DecodeTransfer | None]:
+    """Of rank 0, for all ranks: as many sides as its mode has. Raises `BatonError`, OSError."""
     memory = model.memory
     if args.disaggregation_mode == "null" or memory is None:
-        return None
+        return None, None
     ask = _hand_over(args, model)
-    if args.disaggregation_mode == "decode":
-        if not model.has_whole_pages and ask.config.backend != "fake":
-            assert group is not None, "one rank has whole pages"
-            return LeadingDecode(_open_decode_rank(ask, memory, group, wake), group, wake)
-        return open_decode_transfer(memory, ask.layout, ask.config, host=ask.host, wake=wake)
+    prefill: PrefillTransfer | None = None
+    decode: DecodeTransfer | None = None
     if not model.has_whole_pages and ask.config.backend != "fake":
         assert group is not None, "one rank has whole pages"
-        return LeadingPrefill(_open_prefill_rank(ask, memory, group, wake), group, wake)
-    return open_prefill_transfer(
-        memory, ask.layout, ask.config, host=ask.host, bootstrap_url=ask.bootstrap_url, wake=wake
-    )
+        if args.prefills_for_others:
+            prefill = LeadingPrefill(_open_prefill_rank(ask, memory, group, wake), group, wake)
+        if args.decodes_for_others:
+            decode = LeadingDecode(_open_decode_rank(ask, memory, group, wake), group, wake)
+        return prefill, decode
+    if args.prefills_for_others:
+        url = ask.bootstrap_url
+        prefill = open_prefill_transfer(memory, ask.layout, ask.config, host=ask.host, bootstrap_url=url, wake=wake)
+    if args.decodes_for_others:
+        decode = open_decode_transfer(memory, ask.layout, ask.config, host=ask.host, wake=wake)
+    return prefill, decode
 
 
 def follow_transfer(args: EngineArgs, model: LoadedModel, group: FollowerGroup) -> FollowingTransfers | None:
@@ -74,10 +78,12 @@ def follow_transfer(args: EngineArgs, model: LoadedModel, group: FollowerGroup) 
     if ask.config.backend == "fake":
         return None
     transfers = FollowingTransfers(group)
-    if args.disaggregation_mode == "decode":
-        transfers.start(None, _open_decode_rank(ask, model.memory, group, transfers.wake))
-    else:
-        transfers.start(_open_prefill_rank(ask, model.memory, group, transfers.wake), None)
+    prefill, decode = None, None
+    if args.prefills_for_others:
+        prefill = _open_prefill_rank(ask, model.memory, group, transfers.wake)
+    if args.decodes_for_others:
+        decode = _open_decode_rank(ask, model.memory, group, transfers.wake)
+    transfers.start(prefill, decode)
     return transfers
 
 

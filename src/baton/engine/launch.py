@@ -49,7 +49,7 @@ def run_worker(args: EngineArgs, argv: Sequence[str], dialect: Dialect = SGLANG)
     http_socket = bind(args.host, args.port)
     bootstrap_socket = None
     overrides = ["--model-path", str(model_path), "--dp-size", str(args.dp_size)]
-    if args.disaggregation_mode == "prefill":
+    if args.prefills_for_others:
         bootstrap_socket = bind(args.host, args.disaggregation_bootstrap_port)
         overrides += ["--disaggregation-bootstrap-port", str(bootstrap_socket.getsockname()[1])]
     if args.dp_size > 1:

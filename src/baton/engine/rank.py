@@ -37,7 +37,6 @@ from baton.protocol.rank import (
     Submit,
     ToRank,
 )
-from baton.transfer.base import DecodeTransfer, PrefillTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ class RankLoop:
     def __init__(self, engine: Engine, channel: RankChannel) -> None:
         self._scheduler = engine.scheduler
         self._runner = engine.runner
-        self._transfer = engine.transfer
+        self._prefill = engine.prefill
+        self._decode = engine.decode
         self._tiers = engine.tiers
         self._publish_kv_events = engine.publish_kv_events
         self._clears: dict[int, Future[bool]] = {}
@@ -68,8 +68,8 @@ class RankLoop:
 
     def _step(self) -> bool:
         """One pass; True if a step began or ended, so that the next pass must not wait."""
-        if self._transfer is not None:
-            for event in self._transfer.poll():
+        for transfer in (self._prefill, self._decode):
+            for event in transfer.poll() if transfer is not None else ():
                 self._scheduler.on_transfer_event(event, time.monotonic())
         if self._tiers is not None:
             for store_event in self._tiers.poll():
@@ -182,19 +182,19 @@ class RankLoop:
             self._channel.send(StepOutput(outputs))
 
     def _perform(self, action: Action) -> None:
-        """Say to the transfer what the scheduler decided. Only its own side's actions ever come."""
-        transfer = self._transfer
+        """Say to a transfer what the scheduler decided. Only actions of sides that this worker has ever come."""
         match action:
             case Expect(room, timeout_s):
-                assert isinstance(transfer, PrefillTransfer)
-                transfer.expect(room, timeout_s)
+                assert self._prefill is not None
+                self._prefill.expect(room, timeout_s)
             case SendPages(room, first_page_idx, page_ids, first_token):
-                assert isinstance(transfer, PrefillTransfer)
-                transfer.send(room, first_page_idx, page_ids, first_token)
+                assert self._prefill is not None
+                self._prefill.send(room, first_page_idx, page_ids, first_token)
             case Receive(room, host, port, first_page_idx, page_ids, timeout_s):
-                assert isinstance(transfer, DecodeTransfer)
-                transfer.receive(room, host, port, first_page_idx, page_ids, timeout_s)
-            case AbortTransfer(room, reason):
+                assert self._decode is not None
+                self._decode.receive(room, host, port, first_page_idx, page_ids, timeout_s)
+            case AbortTransfer(room, reason, side):
+                transfer = self._prefill if side == "prefill" else self._decode
                 assert transfer is not None
                 transfer.abort(room, reason)
             case _:

@@ -9,11 +9,19 @@ from typing import Literal
 
 import msgspec
 
-from baton.protocol.errors import ErrorInfo
+from baton.protocol.errors import ErrorInfo, Stage
 from baton.protocol.sampling import SamplingParams
 
 FAKE_BOOTSTRAP_HOST = "2.2.2.2"
 """SGLang's address of nobody, of warm-up and health requests: such a request is served locally, without a hand-over."""
+
+
+Side = Literal["prefill", "decode"]
+Part = Literal["null", "prefill", "decode"]
+"""What a worker does for one request: all of it, or one side of a hand-over."""
+Mode = Literal["null", "prefill", "decode", "both"]
+"""What a worker does for every request; both: each request says."""
+STAGE_OF_MODE: dict[Mode, Stage] = {"null": "server", "prefill": "prefill", "decode": "decode", "both": "server"}
 
 
 class Bootstrap(msgspec.Struct, frozen=True):
@@ -22,6 +30,17 @@ class Bootstrap(msgspec.Struct, frozen=True):
     host: str
     port: int | None
     room: int
+    side: Side | None = None
+    """Which of the two a worker of mode "both" is; others know it from their mode."""
+
+
+def part_of(mode: Mode, bootstrap: Bootstrap | None) -> Part:
+    """What a worker of `mode` does for a request."""
+    if mode != "both":
+        return mode
+    if bootstrap is None or bootstrap.host == FAKE_BOOTSTRAP_HOST:
+        return "null"
+    return bootstrap.side or "null"
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):

@@ -100,7 +100,7 @@ def test_a_rank_that_dies_in_a_transfer_costs_that_request_alone(
             side = mortal if mode == victim else stack
             worker[mode], followers[mode] = side.enter_context(workers(model, mode, port, 2))
         with monkeypatch.context() as patch:
-            is_held = hold_last_part(worker["prefill"].transfer, patch)
+            is_held = hold_last_part(worker["prefill"].prefill, patch)
             submit(worker["prefill"], worker["decode"], PROMPTS[0], port)
             assert is_held.wait(WAIT_S)
             os.kill(followers[victim][0], signal.SIGKILL)

@@ -26,8 +26,8 @@ from baton.kvcache.tiers import (
     Written,
 )
 from baton.protocol.errors import ErrorInfo
+from baton.protocol.rank import Side
 
-Side = Literal["prefill", "decode"]
 FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
 MAX_GREETING_BYTES = 1 << 16

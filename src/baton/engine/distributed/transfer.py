@@ -27,10 +27,10 @@ from baton.engine.distributed.messages import (
     ReceiveRoom,
     RoomNews,
     SendRoom,
-    Side,
     TransferOrder,
 )
 from baton.protocol.errors import ErrorInfo
+from baton.protocol.rank import Side
 from baton.transfer.base import (
     NO_TOKEN,
     Bootstrapped,
@@ -185,8 +185,6 @@ class _Leading:
         self._merge = RoomMerge(group.size)
         self._inbox: deque[tuple[int, Event]] = deque()
         self._any_own = own
-        self.takers: dict[type, Take] = {RoomNews: self._take}
-        """Who takes what the followers send (`answers`)."""
 
     def abort(self, room: int, reason: str) -> None:
         if room in self._merge:
@@ -207,7 +205,8 @@ class _Leading:
         """The followers' transfers end with their processes."""
         self._any_own.close()
 
-    def _take(self, rank: int, news: RoomNews) -> None:
+    def take(self, rank: int, news: RoomNews) -> None:
+        """What a follower's transfer of this side said; in that rank's thread."""
         self._inbox.append((rank, _decode_event(news)))
         self._wake()
 
@@ -261,6 +260,12 @@ class LeadingDecode(_Leading):
         order = ReceiveRoom(room, bootstrap_host, bootstrap_port, first_page_idx, _bytes(page_ids), timeout_s)
         self._group.send(order)
         self._own.receive(room, bootstrap_host, bootstrap_port, first_page_idx, page_ids, timeout_s)
+
+
+def takers_of(sides: Sequence[LeadingPrefill | LeadingDecode]) -> dict[type, Take]:
+    """Who takes what the followers send of hand-overs (`answers`)."""
+    by_side = {one.side: one for one in sides}
+    return {RoomNews: lambda rank, news: by_side[news.side].take(rank, news)} if sides else {}
 
 
 class FollowingTransfers:

@@ -56,6 +56,8 @@ class Admission:
         # After a round that found no room: steps to wait, and the decode rows there were. One less is a reason to retry.
         self._steps_to_wait = 0
         self._rows_when_full = 0
+        self.lacks_pages = False
+        """The last plan is empty, for want of pages."""
 
     def wake(self) -> None:
         """Something changed (an arrival, an end): look at the queue again."""
@@ -70,6 +72,7 @@ class Admission:
         added to the running ones. `num_mixed`: decode rows that share the step. `held`: tokens to keep for requests
         that are neither waiting nor in `decode`. A request whose prefetch is worth waiting for is passed over.
         """
+        self.lacks_pages = False
         if chunked is None and (not self._waiting or num_slots <= 0):
             return []
         if chunked is None and self._steps_to_wait > 0 and len(decode) >= self._rows_when_full:
@@ -85,12 +88,14 @@ class Admission:
         if chunked is not None:
             chunk = self._continue(chunked, budget)
             if chunk is None:
+                self.lacks_pages = True
                 return []
             chunks.append(chunk)
         if chunked is None or chunks[0].is_last:
             is_alone = chunked is None and not decode and held == 0
             misfits = self._admit_waiting(chunks, budget, is_alone, now)
-            if misfits and not chunks and len(decode):
+            self.lacks_pages = misfits > 0 and not chunks
+            if self.lacks_pages and len(decode):
                 self._steps_to_wait, self._rows_when_full = RETRY_STEPS, len(decode)
         return chunks
 

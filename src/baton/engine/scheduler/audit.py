@@ -9,6 +9,7 @@ PLACE_OF_STATUS: dict[Status, frozenset[str]] = {
     Status.BOOTSTRAPPING: frozenset({"room"}),
     Status.PREALLOC: frozenset({"prealloc"}),
     Status.RECEIVING: frozenset({"room"}),
+    Status.WITHDRAWING: frozenset({"room"}),
     Status.READY: frozenset({"ready"}),
     Status.WAITING: frozenset({"waiting"}),
     Status.PREFILLING: frozenset({"chunked", "step"}),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Mode = Literal["null", "prefill", "decode"]
+from baton.protocol.rank import Mode
+
 Policy = Literal["fcfs", "lpm", "random", "lof"]
 
 CLIP_MAX_NEW_TOKENS = 4096
@@ -41,6 +42,8 @@ class SchedulerConfig:
     """Prefill mode: how long the decode side may take to ask for the KV."""
     receive_timeout_s: float = 300.0
     """Decode mode: how long the KV may take to come, from the request for it."""
+    take_back_after_s: float = 1.0
+    """Mode both: how long a prompt that a peer waits for may lack pages that are being received into (`take_back`)."""
     default_bootstrap_port: int = 8998
     pipeline_depth: int = 1
     """Steps that may be in flight: scheduled, and not applied yet."""

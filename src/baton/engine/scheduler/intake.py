@@ -7,16 +7,15 @@ from random import Random
 
 import msgspec
 
-from baton.engine.scheduler.config import Mode, SchedulerConfig
+from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.request import Request, Status
 from baton.protocol.errors import ErrorInfo, RequestError, Stage
-from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Finish, Submit
-
-STAGE_OF_MODE: dict[Mode, Stage] = {"null": "server", "prefill": "prefill", "decode": "decode"}
+from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, STAGE_OF_MODE, Finish, Mode, Submit, part_of
 
 _STAGE_OF_STATUS: dict[Status, Stage] = {
     Status.BOOTSTRAPPING: "transfer",
     Status.RECEIVING: "transfer",
+    Status.WITHDRAWING: "transfer",
     Status.SENDING: "transfer",
     Status.PREFILLING: "prefill",
     Status.READY: "decode",
@@ -24,14 +23,15 @@ _STAGE_OF_STATUS: dict[Status, Stage] = {
 }
 
 
-def stage_of(req: Request, mode: Mode) -> Stage:
+def stage_of(req: Request) -> Stage:
     """Where a request is, in the words of `ErrorInfo.stage`."""
-    return _STAGE_OF_STATUS.get(req.status, STAGE_OF_MODE[mode])
+    return _STAGE_OF_STATUS.get(req.status, STAGE_OF_MODE[req.part])
 
 
 def refusal(submit: Submit, mode: Mode, message: str, param: str | None = None) -> RequestError:
     """A 400 for this request."""
-    return RequestError(ErrorInfo("BadRequestError", 400, message, STAGE_OF_MODE[mode], submit.rid, param=param))
+    stage = STAGE_OF_MODE[part_of(mode, submit.bootstrap)]
+    return RequestError(ErrorInfo("BadRequestError", 400, message, stage, submit.rid, param=param))
 
 
 def build_request(
@@ -46,8 +46,8 @@ def build_request(
     named_stops = frozenset(sampling.stop_token_ids or ())
     eos = frozenset(config.eos_token_ids)
     wants_input_logprobs = submit.return_logprob and submit.logprob_start_len >= 0
-    bootstrap = submit.bootstrap
-    if bootstrap is not None and (config.mode == "null" or bootstrap.host == FAKE_BOOTSTRAP_HOST):
+    part, bootstrap = part_of(config.mode, submit.bootstrap), submit.bootstrap
+    if bootstrap is not None and (part == "null" or bootstrap.host == FAKE_BOOTSTRAP_HOST):
         bootstrap = None
     return Request(
         rid=submit.rid,
@@ -63,6 +63,7 @@ def build_request(
         blocked_ids=tuple(sorted(named_stops | eos)) if sampling.min_new_tokens > 0 else (),
         extra_key=submit.extra_key,
         priority=submit.priority,
+        part=part,
         bootstrap=bootstrap,
         return_logprob=submit.return_logprob,
         top_logprobs_num=submit.top_logprobs_num if submit.return_logprob else 0,
@@ -111,7 +112,7 @@ def _check(submit: Submit, config: SchedulerConfig, pool_tokens: int) -> None:
             f"logprob_start_len ({submit.logprob_start_len}) is not below the number of input tokens ({num_prompt}).",
             "logprob_start_len",
         )
-    if mode != "null" and submit.bootstrap is None:
+    if mode in ("prefill", "decode") and submit.bootstrap is None:
         raise refusal(
             submit,
             mode,

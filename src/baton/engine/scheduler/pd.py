@@ -5,7 +5,6 @@
 for its client stays here as CANCELLING. No sockets, no clock.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,8 +13,9 @@ import msgspec
 from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
 from baton.engine.scheduler.counters import Counters
 from baton.engine.scheduler.request import Request, Status
+from baton.engine.scheduler.waiting import MAX_BYPASSED
 from baton.kvcache.prefix_cache import PrefixCache
-from baton.protocol.rank import TokenLogprobs
+from baton.protocol.rank import Side, TokenLogprobs
 from baton.transfer.base import FirstToken
 
 
@@ -51,10 +51,11 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class AbortTransfer:
-    """-> abort of either side. The room's end event still comes."""
+    """-> abort of that side's transfer. The room's end event still comes."""
 
     room: int
     reason: str
+    side: Side
 
 
 Action = Expect | SendPages | Receive | AbortTransfer
@@ -153,19 +154,40 @@ class Preallocation:
         self._cache = cache
         self._rooms = rooms
         self._counters = counters
-        self.queue: deque[Request] = deque()
+        self.queue: dict[int, Request] = {}
+        """By room, in order of arrival."""
 
-    def run(self, in_memory: list[Request], num_slots: int, now: float) -> None:
-        """Let requests in while they fit. `in_memory`: those that are running, ready, receiving or retracted."""
+    @property
+    def head(self) -> Request | None:
+        return next(iter(self.queue.values()), None)
+
+    def held_tokens(self, first_waiting_idx: int | None) -> int:
+        """What admissions keep free for the head of the queue: nothing, until too many that came later overtook it."""
+        head = self.head
+        if head is None or first_waiting_idx is None or first_waiting_idx < head.arrival_idx:
+            return 0
+        return head.num_tokens if head.num_bypassed >= MAX_BYPASSED else 0
+
+    def on_admitted(self, req: Request) -> None:
+        """A request that waited for prefill goes ahead."""
+        head = self.head
+        if head is not None and head.arrival_idx < req.arrival_idx:
+            head.num_bypassed += 1
+
+    def run(self, in_memory: list[Request], num_slots: int, before_idx: int | None, now: float) -> None:
+        """Let requests in while they fit. `in_memory`: those that are running, ready or receiving. `before_idx`: only those
+        that arrived before it, where it is set."""
         reserved_tokens = self._config.num_reserved_decode_tokens
         reserved = sum(min(req.num_output_left, reserved_tokens) for req in in_memory)
         retractable = sum(req.num_tokens for req in in_memory if req.status is Status.RUNNING)
         is_alone = not in_memory
-        while self.queue and num_slots > 0:
-            req = self.queue[0]
+        while (req := self.head) is not None and num_slots > 0:
+            if before_idx is not None and req.arrival_idx > before_idx:
+                return
             if not self._try(req, reserved, retractable, is_alone, now):
                 return
-            self.queue.popleft()
+            assert req.bootstrap is not None
+            del self.queue[req.bootstrap.room]
             reserved += min(req.num_output_left, reserved_tokens)
             is_alone = False
             num_slots -= 1

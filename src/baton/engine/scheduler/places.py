@@ -12,22 +12,21 @@ from baton.engine.scheduler.config import SchedulerConfig
 from baton.engine.scheduler.counters import Counters
 from baton.engine.scheduler.decode_batch import DecodeBatch, Rows
 from baton.engine.scheduler.inflight import StepsInFlight
-from baton.engine.scheduler.intake import STAGE_OF_MODE
 from baton.engine.scheduler.lifecycle import Lifecycle
 from baton.engine.scheduler.request import Request, Status
 from baton.engine.scheduler.retraction import HEADROOM_STEPS, NewTokenRatio, next_victim
 from baton.engine.scheduler.waiting import WaitingQueue
 from baton.kvcache.prefix_cache import PrefixCache
 from baton.protocol.errors import ErrorInfo
-from baton.protocol.rank import Finish
+from baton.protocol.rank import STAGE_OF_MODE, Finish
 
-_IN_ROOM_ONLY = (Status.BOOTSTRAPPING, Status.RECEIVING, Status.SENDING, Status.CANCELLING)
+_IN_ROOM_ONLY = (Status.BOOTSTRAPPING, Status.RECEIVING, Status.WITHDRAWING, Status.SENDING, Status.CANCELLING)
 
 
 class Places:
-    """Invariant: every live request is in exactly one of: a room (BOOTSTRAPPING, RECEIVING, SENDING), the preallocation
-    queue, the ready queue, the waiting queue, `chunked`, the decode batch, or only in a step in flight (PREFILLING: its last
-    chunk)."""
+    """Invariant: every live request is in exactly one of: a room (BOOTSTRAPPING, RECEIVING, WITHDRAWING, SENDING), the
+    preallocation queue, the ready queue, the waiting queue, `chunked`, the decode batch, or only in a step in flight
+    (PREFILLING: its last chunk)."""
 
     def __init__(self, config: SchedulerConfig, cache: PrefixCache, rng: Random) -> None:
         self._config = config
@@ -38,7 +37,7 @@ class Places:
         self.waiting = WaitingQueue(config, cache, rng)
         self.decode = DecodeBatch(cache.page_size)
         self.ready: deque[Request] = deque()
-        """Decode mode: received, waiting for a row in the decode batch."""
+        """Decode: received, waiting for a row in the decode batch."""
         self.chunked: Request | None = None
         """The one request whose prompt is in part neither computed nor in a step in flight."""
         self.steps = StepsInFlight(config.pipeline_depth, cache)
@@ -47,7 +46,7 @@ class Places:
 
     def __iter__(self) -> Iterator[tuple[str, Request]]:
         yield from (("waiting", req) for req in self.waiting)
-        yield from (("prealloc", req) for req in self.prealloc.queue)
+        yield from (("prealloc", req) for req in self.prealloc.queue.values())
         yield from (("ready", req) for req in self.ready)
         yield from (("decode", req) for req in self.decode.requests)
         if self.chunked is not None:
@@ -71,6 +70,24 @@ class Places:
         bootstrapping = sum(req.status is Status.BOOTSTRAPPING for req in self.rooms)
         return len(self.waiting) + len(self.prealloc.queue) + bootstrapping
 
+    @property
+    def first_waiting_idx(self) -> int | None:
+        """Arrival of the first of those whose prompt is still to be computed here."""
+        waiting = [self.waiting.first] if self.waiting else []
+        if self.chunked is not None:
+            waiting.append(self.chunked)
+        return min((req.arrival_idx for req in waiting), default=None)
+
+    def is_room_taken(self, req: Request) -> bool:
+        """Whether the room of a new request is somebody else's. The other half of the same request, which this worker was
+        asked to prefill for itself, is nobody else."""
+        assert req.bootstrap is not None
+        room = req.bootstrap.room
+        holder = self.rooms.get(room) or self.prealloc.queue.get(room)
+        if holder is None:
+            return False
+        return (holder.part, holder.status, req.part) != ("prefill", Status.BOOTSTRAPPING, "decode")
+
     def enqueue(self, req: Request) -> None:
         req.move_to(Status.WAITING)
         self.waiting.add(req)
@@ -88,12 +105,26 @@ class Places:
         self._leave(req)
         self.life.emit(req, finish=finish)
         if self.rooms.is_open(req):
-            assert req.bootstrap is not None
+            assert req.bootstrap is not None and req.part != "null"
             reason = finish.error.message if finish.error is not None else "finished"
-            self.rooms.act(pd.AbortTransfer(req.bootstrap.room, reason))
+            self.rooms.act(pd.AbortTransfer(req.bootstrap.room, reason, req.part))
             req.move_to(Status.CANCELLING)
         else:
             self.life.finish_pages(req)
+
+    def admit_received(self, now: float) -> None:
+        """Decode: the received join the decode batch, and others are let in to receive, but nobody before one whose prompt
+        waits to be computed and who came earlier (as the retracted did)."""
+        # A partly computed prompt does not count: it may itself wait for the pages that the received ones hold.
+        while self.ready and len(self.decode) < self._config.max_running_requests:
+            self.run(self.ready.popleft())
+        if not self.prealloc.queue:
+            return
+        receiving = [req for req in self.rooms if req.status is Status.RECEIVING]
+        in_memory = [*self.decode.requests, *self.ready, *self.last_chunks, *receiving]
+        # Twice as many as may run: receiving takes time, and the next ones should be there when a row gets free.
+        num_slots = 2 * self._config.max_running_requests - len(in_memory)
+        self.prealloc.run(in_memory, num_slots, self.first_waiting_idx, now)
 
     def make_room(self) -> tuple[Rows, bool]:
         """The decode rows of the next step, each with a page for its next token; and whether pages were short.
@@ -141,14 +172,15 @@ class Places:
             f"{self._cache.num_pages * self._cache.page_size} tokens alone. Lower max_new_tokens or raise "
             "--max-total-tokens."
         )
-        return ErrorInfo("OutOfPagesError", 500, message, STAGE_OF_MODE[self._config.mode], req.rid)
+        return ErrorInfo("OutOfPagesError", 500, message, STAGE_OF_MODE[req.part], req.rid)
 
     def _leave(self, req: Request) -> None:
         match req.status:
             case Status.WAITING:
                 self.waiting.remove(req)
             case Status.PREALLOC:
-                self.prealloc.queue.remove(req)
+                assert req.bootstrap is not None
+                del self.prealloc.queue[req.bootstrap.room]
             case Status.READY:
                 self.ready.remove(req)
             case Status.RUNNING:

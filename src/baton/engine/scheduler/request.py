@@ -6,20 +6,22 @@ import enum
 from dataclasses import dataclass, field
 
 from baton.kvcache.radix_tree import PrefixHandle
-from baton.protocol.rank import Bootstrap, TokenLogprobs
+from baton.protocol.rank import Bootstrap, Part, TokenLogprobs
 from baton.protocol.sampling import SamplingParams
 
 
 class Status(enum.Enum):
     NEW = "new"
     BOOTSTRAPPING = "bootstrapping"
-    """Prefill mode: the decode side has not asked for the KV yet. Holds no pages."""
+    """Prefill: the decode side has not asked for the KV yet. Holds no pages."""
     PREALLOC = "prealloc"
-    """Decode mode: waits for pages to receive into. Holds none."""
+    """Decode: waits for pages to receive into. Holds none."""
     RECEIVING = "receiving"
-    """Decode mode: the transfer writes its pages."""
+    """Decode: the transfer writes its pages."""
+    WITHDRAWING = "withdrawing"
+    """Decode: the transfer was told to give its pages back; the request is computed here afterwards (`take_back`)."""
     READY = "ready"
-    """Decode mode: KV and first token are here; waits for a place in the running batch."""
+    """Decode: KV and first token are here; waits for a place in the running batch."""
     WAITING = "waiting"
     """For prefill. Holds no pages."""
     PREFILLING = "prefilling"
@@ -27,7 +29,7 @@ class Status(enum.Enum):
     RUNNING = "running"
     """In the decode batch."""
     SENDING = "sending"
-    """Prefill mode: all computed, the transfer still reads its pages."""
+    """Prefill: all computed, the transfer still reads its pages."""
     CANCELLING = "cancelling"
     """The client has its end, but the transfer owns the pages until the room's end event."""
     FINISHED = "finished"
@@ -37,7 +39,8 @@ LEGAL_TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.NEW: frozenset({Status.BOOTSTRAPPING, Status.PREALLOC, Status.WAITING, Status.FINISHED}),
     Status.BOOTSTRAPPING: frozenset({Status.WAITING, Status.CANCELLING, Status.FINISHED}),
     Status.PREALLOC: frozenset({Status.RECEIVING, Status.FINISHED}),
-    Status.RECEIVING: frozenset({Status.READY, Status.CANCELLING, Status.FINISHED}),
+    Status.RECEIVING: frozenset({Status.READY, Status.WITHDRAWING, Status.CANCELLING, Status.FINISHED}),
+    Status.WITHDRAWING: frozenset({Status.READY, Status.WAITING, Status.CANCELLING, Status.FINISHED}),
     Status.READY: frozenset({Status.RUNNING, Status.WAITING, Status.FINISHED}),
     Status.WAITING: frozenset({Status.PREFILLING, Status.CANCELLING, Status.FINISHED}),
     Status.PREFILLING: frozenset({Status.RUNNING, Status.SENDING, Status.WAITING, Status.CANCELLING, Status.FINISHED}),
@@ -72,6 +75,8 @@ class Request:
     """Not to be drawn before min_new_tokens."""
     extra_key: str | None = None
     priority: int = 0
+    part: Part = "null"
+    """Of this worker."""
     bootstrap: Bootstrap | None = None
     """None unless KV really crosses: SGLang's fake bootstrap host counts as none."""
     return_logprob: bool = False
@@ -94,7 +99,7 @@ class Request:
     cached_store: int = 0
     """Of `num_cached`: brought from the store."""
     save_from: int = 0
-    """Decode mode: pages before this one came from the prefill worker, which keeps them in the lower tiers itself."""
+    """Decode: pages before this one came from the prefill worker, which keeps them in the lower tiers itself."""
     queue_time_s: float | None = None
     num_retractions: int = 0
     num_bypassed: int = 0
@@ -105,9 +110,9 @@ class Request:
     row_idx: int | None = None
     """Row of the decode batch. Invariant: not None if and only if RUNNING."""
     next_page_idx: int = 0
-    """Prefill mode: first page not yet handed to the transfer."""
+    """Prefill: first page not yet handed to the transfer."""
     first_logprobs: TokenLogprobs | None = None
-    """Prefill mode: of the drawn token, until the transfer has ended."""
+    """Prefill: of the drawn token, until the transfer has ended."""
 
     @property
     def num_tokens(self) -> int:

@@ -21,14 +21,15 @@ from baton.engine.scheduler.assemble import StepPlan, assemble
 from baton.engine.scheduler.audit import audit
 from baton.engine.scheduler.config import CLIP_MAX_NEW_TOKENS, SchedulerConfig
 from baton.engine.scheduler.decode_batch import NO_ROWS
-from baton.engine.scheduler.intake import STAGE_OF_MODE, build_request, finish_of, refusal, stage_of, with_request_id
+from baton.engine.scheduler.intake import build_request, finish_of, refusal, stage_of, with_request_id
 from baton.engine.scheduler.places import Places
 from baton.engine.scheduler.request import Request, Status
 from baton.engine.scheduler.snapshot import snapshot
+from baton.engine.scheduler.take_back import TakeBack
 from baton.kvcache.prefix_cache import PrefixCache
 from baton.kvcache.tiers import Copies, StoreAction, StoreEvent
 from baton.protocol.errors import ABORTED_CODE, ErrorInfo, RequestError
-from baton.protocol.rank import Finish, RequestOutput, SchedulerState, Submit, TokenLogprobs
+from baton.protocol.rank import STAGE_OF_MODE, Finish, RequestOutput, SchedulerState, Submit, TokenLogprobs
 from baton.transfer.base import Bootstrapped, Event, Failed, Received, Sent
 
 
@@ -42,6 +43,7 @@ class Scheduler:
         self._life = self._at.life
         self._admission = Admission(config, cache, self._at.waiting, self._at.ratio)
         self._steps = self._at.steps
+        self._take_back = TakeBack(self._at, config.take_back_after_s)
         self._num_arrived = 0
 
     # -- requests in ---------------------------------------------------------------------------------------------------
@@ -60,18 +62,21 @@ class Scheduler:
             return [RequestOutput(rid=submit.rid, token_ids=[], finish=done)]
         self._life.admit(req)
         self._admission.wake()
-        if self.config.mode != "decode":
+        if req.bootstrap is not None and (half := self._at.rooms.get(req.bootstrap.room)) is not None:
+            self._at.end(half, Finish("length"))  # handed over to itself: computed once, by the one who decodes
+            req.part, req.bootstrap = "null", None
+        if req.part != "decode":
             tokens = req.token_slice(0, req.num_tokens)
             self.cache.begin_prefetch(req.rid, tokens, req.extra_key, max_cached_tokens(req), now)
         if req.bootstrap is None:
             self._at.enqueue(req)
-        elif self.config.mode == "prefill":
+        elif req.part == "prefill":
             req.move_to(Status.BOOTSTRAPPING)
             pd.expect(self._at.rooms, req, self.config, now)
         else:
             req.move_to(Status.PREALLOC)
-            self._at.prealloc.queue.append(req)
-        if self.config.mode == "prefill":
+            self._at.prealloc.queue[req.bootstrap.room] = req
+        if req.part == "prefill":
             req.output_limit = len(req.output_ids) + 1
         return []
 
@@ -83,7 +88,7 @@ class Scheduler:
         if matched_stop is not None:
             self._at.end(req, Finish("stop", matched=matched_stop))
             return
-        self._end_with(req, ErrorInfo("AbortError", ABORTED_CODE, reason, stage_of(req, self.config.mode), rid))
+        self._end_with(req, ErrorInfo("AbortError", ABORTED_CODE, reason, stage_of(req), rid))
 
     def on_transfer_event(self, event: Event, now: float) -> None:
         """What a transfer's `poll` returned. Events of rooms that are not open are ignored."""
@@ -114,7 +119,7 @@ class Scheduler:
         if self.num_in_flight == self.config.pipeline_depth:
             return None
         self._expire(now)
-        self._admit_received(now)
+        self._at.admit_received(now)
         decode = self._at.decode
         is_mixed = self.config.enable_mixed_chunk and bool(decode)
         chunks = [] if is_mixed else self._plan_chunks(0, now)
@@ -124,8 +129,10 @@ class Scheduler:
             # What was just sent back to make room must not take the room again in the same step.
             if not decode if is_short else is_mixed:
                 chunks = self._plan_chunks(len(rows), now)
+        is_idle = not chunks and not decode and not self._steps
+        self._take_back.check(is_idle and self._admission.lacks_pages, now)
         if not chunks and not len(rows):
-            if not decode and not self._at.waiting and self._at.chunked is None and not self._steps:
+            if is_idle and not self._at.waiting and self._at.chunked is None:
                 self._at.ratio.on_idle()
                 self._at.counters.on_idle()
             return None
@@ -177,7 +184,7 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When `drain_outputs` or `schedule` must be called at the latest, even if nothing else happens."""
-        deadlines = (self._life.next_deadline(), self.cache.next_deadline())
+        deadlines = (self._life.next_deadline(), self.cache.next_deadline(), self._take_back.deadline)
         return min((one for one in deadlines if one is not None), default=None)
 
     @property
@@ -210,10 +217,10 @@ class Scheduler:
         req = build_request(submit, config, pool_tokens, self._rng, self._num_arrived, now)
         bound = config.max_queued_requests
         if bound is not None and self._at.num_queued >= bound:
-            stage = STAGE_OF_MODE[config.mode]
+            stage = STAGE_OF_MODE[req.part]
             message = f"The request queue is full ({bound} requests wait)."
             raise RequestError(ErrorInfo("ServiceUnavailableError", 503, message, stage, submit.rid, retryable=True))
-        if req.bootstrap is not None and req.bootstrap.room in self._at.rooms:
+        if req.bootstrap is not None and self._at.is_room_taken(req):
             message = f"bootstrap_room {req.bootstrap.room} is in use by another request."
             raise refusal(submit, config.mode, message, "bootstrap_room")
         self._num_arrived += 1
@@ -235,21 +242,7 @@ class Scheduler:
             assert req.deadline_s is not None
             limit_s = req.deadline_s - req.arrival_s
             message = f"The request did not finish within its {limit_s:g} s; it was {req.status.value}."
-            self._end_with(req, ErrorInfo("TimeoutError", 504, message, stage_of(req, self.config.mode), req.rid))
-
-    def _admit_received(self, now: float) -> None:
-        """Decode mode: the received join the decode batch, and others are let in to receive. While a retracted request
-        waits, nobody is let in before it."""
-        at = self._at
-        # A partly computed prompt does not count: it may itself wait for the pages that the received ones hold.
-        while at.ready and len(at.decode) < self.config.max_running_requests:
-            at.run(at.ready.popleft())
-        if not at.prealloc.queue or at.waiting or at.chunked is not None:
-            return
-        receiving = [req for req in at.rooms if req.status is Status.RECEIVING]
-        in_memory = [*at.decode.requests, *at.ready, *at.last_chunks, *receiving]
-        # Twice as many as may run: receiving takes time, and the next ones should be there when a row gets free.
-        at.prealloc.run(in_memory, 2 * self.config.max_running_requests - len(in_memory), now)
+            self._end_with(req, ErrorInfo("TimeoutError", 504, message, stage_of(req), req.rid))
 
     def _plan_chunks(self, num_mixed: int, now: float) -> list[Chunk]:
         at = self._at
@@ -259,6 +252,7 @@ class Scheduler:
             return []  # it leaves when its last step was applied, and another one can be partly computed then
         expected = sum(min(req.num_output_left, CLIP_MAX_NEW_TOKENS) for req in at.ready)
         held = int((expected + sum(map(future_tokens, at.last_chunks))) * at.ratio.value)
+        held += at.prealloc.held_tokens(at.first_waiting_idx)
         slots = self.config.max_running_requests - at.num_running
         chunks = self._admission.plan(at.chunked, at.decode, slots, num_mixed, held, now)
         if chunks:
@@ -269,6 +263,7 @@ class Scheduler:
             if req.status is not Status.WAITING:
                 continue
             req.move_to(Status.PREFILLING)
+            at.prealloc.on_admitted(req)
             num_tokens += req.num_tokens
             num_cached += chunk.start
             if req.queue_time_s is None:
@@ -388,6 +383,11 @@ class Scheduler:
             return
         if req.status is Status.CANCELLING:
             self._life.finish_pages(req)
+            return
+        if req.status is Status.WITHDRAWING:
+            self._life.drop_pages(req)
+            req.save_from = 0
+            self._at.enqueue(req)
             return
         if req.status is Status.BOOTSTRAPPING:
             self._at.counters.num_bootstrap_failed_total += 1

@@ -25,7 +25,7 @@ def snapshot(cache: PrefixCache, at: Places) -> SchedulerState:
         num_prefill_prealloc=in_rooms.count(Status.BOOTSTRAPPING),
         num_prefill_inflight=in_rooms.count(Status.SENDING),
         num_decode_prealloc=len(at.prealloc.queue),
-        num_decode_transfer=in_rooms.count(Status.RECEIVING),
+        num_decode_transfer=in_rooms.count(Status.RECEIVING) + in_rooms.count(Status.WITHDRAWING),
         num_bootstrap_failed_total=counters.num_bootstrap_failed_total,
         num_transfer_failed_total=counters.num_transfer_failed_total,
         kv_transfer_speed_gb_s=counters.transfer_speed_gb_s,

@@ -34,6 +34,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def first(self) -> Request:
+        """The one that arrived first. There must be one."""
+        return self._requests[0]
+
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 

@@ -18,8 +18,9 @@ from baton.engine.detokenizer import Vocabulary
 from baton.engine.server.channel import FROZEN_S, ServerChannel
 from baton.engine.server.generation import Generation, Job
 from baton.engine.server.metrics import RequestObserver
-from baton.protocol.errors import ABORTED_CODE, WORKER_LOST, BatonError, ErrorInfo, RequestError, Stage, bad_request
+from baton.protocol.errors import ABORTED_CODE, WORKER_LOST, BatonError, ErrorInfo, RequestError, bad_request
 from baton.protocol.rank import (
+    STAGE_OF_MODE,
     Abort,
     CheckIntegrity,
     ClearStore,
@@ -29,11 +30,14 @@ from baton.protocol.rank import (
     FlushCache,
     FromRank,
     GetState,
+    Mode,
+    Part,
     Ready,
     Reply,
     SchedulerState,
     StepOutput,
     Submit,
+    part_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,19 +64,20 @@ class EngineClient:
         channel: ServerChannel,
         vocabulary: Vocabulary | None,
         *,
-        stage: Stage,
+        mode: Mode,
         metrics: RequestObserver | None = None,
         dp_rank: int = 0,
     ) -> None:
         self.dp_rank = dp_rank
         self._channel = channel
         self._vocabulary = vocabulary
-        self._stage: Stage = stage
+        self._mode: Mode = mode
         self._metrics = metrics
         self._jobs: dict[str, tuple[Generation, Job]] = {}
         """By the rank's id."""
         self._rids: Counter[str] = Counter()
-        """Ids that callers know, of the sequences in `_jobs`."""
+        """Ids that callers know, of the sequences in `_jobs`; not of those prefilled for others, whose caller is done with an id
+        when the decode worker has answered, and may use it again while this side still waits for its acknowledgement."""
         self._leaving: set[str] = set()
         """The rank's ids of sequences that ended on this side first: their last row is still to come."""
         self._calls: dict[int, tuple[float, asyncio.Future[Reply | SchedulerState]]] = {}
@@ -111,12 +116,8 @@ class EngineClient:
         return self._rids[rid] > 0
 
     def need_new_rid(self, rid: str) -> None:
-        """Raises `RequestError` (400) for an id in use.
-
-        Not against the sequences in flight of a prefill worker: its client is done with an id when the decode worker has
-        answered, and may use it again while this side still waits for the hand-over's acknowledgement.
-        """
-        if self._stage != "prefill" and self.is_in_flight(rid):
+        """Raises `RequestError` (400) for an id in use."""
+        if self.is_in_flight(rid):
             raise duplicate_rid(rid)
 
     def generation_of(self, submit: Submit, index: int, *, is_measured: bool) -> Generation:
@@ -136,7 +137,7 @@ class EngineClient:
             job.note(generation)
             return
         self._jobs[generation.rank_rid] = (generation, job)
-        self._rids[generation.rid] += 1
+        self._rids[generation.rid] += self._part(generation) != "prefill"
         self.num_tokens += generation.prompt_tokens + generation.completion_tokens
         self._channel.send(msgspec.structs.replace(generation.submit, rid=generation.rank_rid))
 
@@ -188,7 +189,7 @@ class EngineClient:
         self.lost_reason = reason
         logger.error("the rank is lost: %s (requests in flight: %d)", reason, len(self._jobs))
         for generation, job in list(self._jobs.values()):
-            generation.end(Finish("abort", error=self.lost_error(generation.rid)))
+            generation.end(Finish("abort", error=self.lost_error(generation)))
             self._finished(generation)
             job.note(generation)
         for _, answer in self._calls.values():
@@ -204,7 +205,8 @@ class EngineClient:
     def end_all(self, reason: str) -> None:
         """End what is in flight, with an error that says a retry elsewhere may help; the rank goes on."""
         for generation, job in list(self._jobs.values()):
-            self._leave(generation, ErrorInfo(WORKER_LOST, 503, reason, self._stage, generation.rid, retryable=True))
+            stage = STAGE_OF_MODE[self._part(generation)]
+            self._leave(generation, ErrorInfo(WORKER_LOST, 503, reason, stage, generation.rid, retryable=True))
             job.note(generation)
 
     async def watch(self, limit_s: float, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
@@ -290,9 +292,10 @@ class EngineClient:
 
     def end(self, generation: Generation, reason: str) -> None:
         """End one sequence on this side now, for whoever waits for it no more; the rank follows."""
-        info = ErrorInfo("AbortError", ABORTED_CODE, reason, self._stage, generation.rid, retryable=False)
+        stage = STAGE_OF_MODE[self._part(generation)]
+        info = ErrorInfo("AbortError", ABORTED_CODE, reason, stage, generation.rid, retryable=False)
         if reason == "deadline exceeded":
-            info = ErrorInfo("TimeoutError", 504, reason, self._stage, generation.rid, retryable=False)
+            info = ErrorInfo("TimeoutError", 504, reason, stage, generation.rid, retryable=False)
         self._leave(generation, info)
 
     def _leave(self, generation: Generation, info: ErrorInfo) -> None:
@@ -306,12 +309,18 @@ class EngineClient:
         if self._jobs.pop(generation.rank_rid, None) is None:
             return
         self.num_tokens -= generation.prompt_tokens + generation.completion_tokens
-        self._rids[generation.rid] -= 1
+        self._rids[generation.rid] -= self._part(generation) != "prefill"
         if not self._rids[generation.rid]:
             del self._rids[generation.rid]
         if self._metrics is not None and generation.is_measured:
             self._metrics.on_finish(generation)
 
-    def lost_error(self, rid: str | None = None) -> ErrorInfo:
+    def _part(self, generation: Generation) -> Part:
+        return part_of(self._mode, generation.submit.bootstrap)
+
+    def lost_error(self, generation: Generation | None = None) -> ErrorInfo:
         message = f"the worker's model process is gone: {self.lost_reason}"
-        return ErrorInfo(WORKER_LOST, 503, message, self._stage, rid, retryable=True)
+        if generation is None:
+            return ErrorInfo(WORKER_LOST, 503, message, STAGE_OF_MODE[self._mode], retryable=True)
+        stage = STAGE_OF_MODE[self._part(generation)]
+        return ErrorInfo(WORKER_LOST, 503, message, stage, generation.rid, retryable=True)

@@ -73,7 +73,7 @@ async def completions(ctx: ServerContext, request: Request) -> Response:
     request_id = request_id_of(submits, body.rid)
     head = head_of(ctx, "completion", request_id, hop, model, raw)
     writer = CompletionWriter(ctx, body, hop, head, sum(len(one.input_ids) for one in prompts))
-    early = ctx.dialect.early_answer(ctx.args, body.kv_transfer_params, handover)
+    early = ctx.dialect.early_answer(handover)
     if early is not None:
         return start_early(ctx, submits, writer, early, request_id=request_id, dp_rank=dp_rank)
     stream_interval = ctx.args.stream_interval if body.stream else None

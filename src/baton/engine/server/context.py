@@ -14,15 +14,10 @@ from baton.engine.server.metrics import StateCollector
 from baton.engine.server.sglang_dialect import SGLANG
 from baton.engine.tokenizer import TextTokenizer
 from baton.protocol.errors import Stage, bad_request
-from baton.protocol.rank import Ready
+from baton.protocol.rank import STAGE_OF_MODE, Ready
 from baton.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
-
-
-def stage_of(mode: str) -> Stage:
-    """The stage that errors of a worker name: its part in prefill-decode disaggregation."""
-    return {"null": "server", "prefill": "prefill", "decode": "decode"}[mode]  # type: ignore[return-value]
 
 
 @dataclass
@@ -49,7 +44,8 @@ class ServerContext:
 
     @property
     def stage(self) -> Stage:
-        return stage_of(self.args.disaggregation_mode)
+        """What errors name that are of no request's part."""
+        return STAGE_OF_MODE[self.args.disaggregation_mode]
 
     @property
     def is_disaggregated(self) -> bool:

@@ -78,11 +78,8 @@ class Dialect(Protocol):
     def handover(self, args: EngineArgs, fields: Mapping[str, Any]) -> Handover:
         """Where a request (its body under our names) meets its other half."""
 
-    def early_answer(
-        self, args: EngineArgs, params: Mapping[str, Any] | None, handover: Handover
-    ) -> dict[str, Any] | None:
-        """What a prefill worker answers before it computes; None: it answers when it has computed. `params`: the request's
-        `kv_transfer_params`."""
+    def early_answer(self, handover: Handover) -> dict[str, Any] | None:
+        """What the prefill half of a request is answered before it is computed; None: it is answered afterwards."""
 
     def response_id(self, kind: Kind, request_id: str) -> str: ...
 

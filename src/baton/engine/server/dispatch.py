@@ -11,7 +11,7 @@ from typing import Protocol
 
 from baton.engine.args import EngineArgs
 from baton.protocol.errors import bad_request
-from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Ready, Submit
+from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Mode, Ready, Submit, part_of
 
 BUSIER_REQUESTS = 4
 BUSIER_FACTOR = 1.5
@@ -146,8 +146,8 @@ class Dispatcher:
     balancer: Balancer
     follows_room: bool = False
     """SGLang's rule: the engine is the request's bootstrap room modulo the number of engines."""
-    must_follow_room: bool = False
-    """A prefill worker: the decode side computes from the room which engine it meets."""
+    mode: Mode = "null"
+    """A prefill must follow its room: the decode side computes from it which engine it meets."""
     first_dp_rank: int = 0
     """The number of the first engine (see `EngineArgs.dp_group`)."""
 
@@ -162,11 +162,12 @@ class Dispatcher:
             raise bad_request(f"data_parallel_rank must be in [0, {count}), got {dp_rank}.", "data_parallel_rank")
         found: list[int] = []
         for position, submit in enumerate(submits):
-            room = _room_of(submit) if self.follows_room else None
+            must_follow = part_of(self.mode, submit.bootstrap) == "prefill"
+            room = _room_of(submit) if self.follows_room or must_follow else None
             of_room = None if room is None else (room - self.first_dp_rank) % count
-            if self.must_follow_room and of_room is not None and dp_rank not in (None, of_room):
+            if must_follow and of_room is not None and dp_rank not in (None, of_room):
                 raise bad_request(
-                    f"data_parallel_rank {dp_rank} cannot be had: on a prefill worker bootstrap_room picks the engine, here {of_room} "
+                    f"data_parallel_rank {dp_rank} cannot be had: bootstrap_room picks the engine of a prefill, here {of_room} "
                     f"of {count}.",
                     "data_parallel_rank",
                 )
@@ -192,7 +193,6 @@ def _room_of(submit: Submit) -> int | None:
 
 def dispatcher_of(args: EngineArgs, ready: Ready) -> Dispatcher:
     """What the flags ask for. `ready`: of every engine."""
-    is_prefill = args.disaggregation_mode == "prefill"
     balancer = make_balancer(args.load_balance_method, ready.page_size, ready.max_total_num_tokens // ready.page_size)
-    follows_room = is_prefill or args.load_balance_method == "follow_bootstrap_room"
-    return Dispatcher(balancer, follows_room, is_prefill, args.dp_rank)
+    follows_room = args.load_balance_method == "follow_bootstrap_room"
+    return Dispatcher(balancer, follows_room, args.disaggregation_mode, args.dp_rank)

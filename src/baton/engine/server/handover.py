@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from baton.protocol.rank import Side
+
 
 @dataclass(frozen=True, slots=True)
 class Handover:
@@ -10,3 +12,5 @@ class Handover:
     host: str | list[str] | None
     port: int | list[int | None] | None
     room: int | list[int] | None
+    side: Side | None = None
+    """Which half this worker is, where the request says so."""

@@ -19,7 +19,7 @@ from baton.engine.server.context import ServerContext
 from baton.engine.server.handover import Handover
 from baton.protocol.errors import ErrorInfo, RequestError, bad_request
 from baton.protocol.hops import REQUEST_ID_HEADER, RESUME_FIELD, TIMEOUT_HEADER, TOKEN_IDS_HEADER, Resume
-from baton.protocol.rank import Bootstrap, Submit
+from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Bootstrap, Submit
 from baton.protocol.sampling import SamplingParams
 from baton.text.messages import join_keys as join_keys
 
@@ -278,8 +278,14 @@ def _bootstrap(
     ctx: ServerContext, handover: Handover, rid: str, index: int, n: int, num_sequences: int
 ) -> Bootstrap | None:
     """Where sequence `index` meets its other half. A single room is the first of consecutive ones."""
-    if not ctx.is_disaggregated:
+    mode = ctx.args.disaggregation_mode
+    if mode == "null" or (mode == "both" and handover.room is None):
         return None
+    if mode == "both" and handover.side is None and handover.host != FAKE_BOOTSTRAP_HOST:
+        message = (
+            "bootstrap_room does not say which half this server is, which prefills and decodes; use kv_transfer_params."
+        )
+        raise bad_request(message, "bootstrap_room")
     num_prompts = num_sequences // n
     for name, value in (("host", handover.host), ("port", handover.port), ("room", handover.room)):
         if isinstance(value, list) and len(value) != num_prompts:
@@ -299,4 +305,4 @@ def _bootstrap(
         raise bad_request(f"bootstrap_room must be in [0, 2**63), got {first}.", "bootstrap_room")
     if port is not None and not 0 <= port < 65536:
         raise bad_request(f"bootstrap_port must be a port number, got {port}.", "bootstrap_port")
-    return Bootstrap(host, port, (first + offset) % ROOM_LIMIT)
+    return Bootstrap(host, port, (first + offset) % ROOM_LIMIT, handover.side)

@@ -7,15 +7,14 @@ holds finished under a lease, we compute while the decode connects. Params are o
 
 import random
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from baton.engine.server.handover import Handover
 from baton.protocol.errors import bad_request
-from baton.protocol.rank import FAKE_BOOTSTRAP_HOST
+from baton.protocol.rank import FAKE_BOOTSTRAP_HOST, Mode
 
-Mode = Literal["null", "prefill", "decode"]
 MAX_ROOM = 2**53
 """Proxies of any language carry it through JSON."""
 ENGINE_ID_PREFIX = "baton:"
@@ -33,26 +32,33 @@ class KvTransferParams(msgspec.Struct, kw_only=True):
 
 
 def handover_of_params(mode: Mode, raw: Mapping[str, Any] | None, own_address: tuple[str, int]) -> Handover:
-    """Where the request meets its other half. `own_address`: of this prefill server, for decode servers.
+    """Which half of the request this server is, and where it meets the other. `own_address`: of this server, where decode
+    servers meet it.
 
-    Raises `RequestError` (400) for what this server's part cannot be.
+    Raises `RequestError` (400) for what this server's mode cannot be.
     """
     params = _parse(raw or {})
-    if mode == "prefill":
-        if not params.do_remote_decode:
-            message = "this server is a kv_producer: kv_transfer_params.do_remote_decode must be true."
-            raise bad_request(message, "kv_transfer_params")
-        return Handover(*own_address, random.randrange(MAX_ROOM))
+    problem = _problem(mode, params)
+    if problem is not None:
+        raise bad_request(problem, "kv_transfer_params")
     if params.do_remote_decode:
-        raise bad_request("this server is no kv_producer: do_remote_decode is not served.", "kv_transfer_params")
+        return Handover(*own_address, random.randrange(MAX_ROOM), "prefill")
+    if params.do_remote_prefill:
+        return _meeting_place(params)
+    return Handover(FAKE_BOOTSTRAP_HOST, None, random.randrange(MAX_ROOM))
+
+
+def _problem(mode: Mode, params: KvTransferParams) -> str | None:
+    """What of the request a server of this mode does not serve."""
+    if mode == "prefill" and not params.do_remote_decode:
+        return "this server is a kv_producer: kv_transfer_params.do_remote_decode must be true."
+    if mode in ("null", "decode") and params.do_remote_decode:
+        return "this server is no kv_producer: do_remote_decode is not served."
     if mode == "null" and params.do_remote_prefill:
-        raise bad_request(
-            "do_remote_prefill needs --kv-transfer-config with kv_role kv_consumer on this server.",
-            "kv_transfer_params",
-        )
-    if not params.do_remote_prefill:
-        return Handover(FAKE_BOOTSTRAP_HOST, None, random.randrange(MAX_ROOM))
-    return _meeting_place(params)
+        return "do_remote_prefill needs --kv-transfer-config with kv_role kv_consumer or kv_both on this server."
+    if mode == "both" and params.do_remote_decode and params.do_remote_prefill:
+        return "do_remote_decode and do_remote_prefill: a server is one half of a request, not both."
+    return None
 
 
 def params_of_answer(handover: Handover) -> dict[str, Any]:
@@ -86,4 +92,4 @@ def _meeting_place(params: KvTransferParams) -> Handover:
         raise bad_request(
             f"kv_transfer_params.remote_port must be a port number, got {params.remote_port!r}.", "kv_transfer_params"
         ) from None
-    return Handover(params.remote_host, port, rooms[0])
+    return Handover(params.remote_host, port, rooms[0], "decode")

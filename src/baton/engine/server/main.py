@@ -27,7 +27,7 @@ from baton.engine.server.admin import fake_bootstrap
 from baton.engine.server.app import build_app
 from baton.engine.server.channel import ChannelAddress, ServerChannel
 from baton.engine.server.client import EngineClient, RankLostError
-from baton.engine.server.context import ServerContext, stage_of
+from baton.engine.server.context import ServerContext
 from baton.engine.server.dialect import Dialect
 from baton.engine.server.dispatch import dispatcher_of
 from baton.engine.server.edge import LimitedHttpProtocol
@@ -198,11 +198,11 @@ class Worker:
         metrics = None
         if self._args.enable_metrics:
             metrics = self._dialect.request_metrics(self._args, self._registry)
-        stage = stage_of(self._args.disaggregation_mode)
+        mode = self._args.disaggregation_mode
         vocabulary = tokenizer.vocabulary if tokenizer else None
         return Engines(
             [
-                EngineClient(channel, vocabulary, stage=stage, metrics=metrics, dp_rank=dp_rank)
+                EngineClient(channel, vocabulary, mode=mode, metrics=metrics, dp_rank=dp_rank)
                 for dp_rank, channel in enumerate(self._channels, start=self._args.dp_rank)
             ]
         )

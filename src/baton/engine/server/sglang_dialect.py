@@ -52,7 +52,7 @@ class SglangDialect:
         """The fields that SGLang's routers add."""
         return Handover(fields.get("bootstrap_host"), fields.get("bootstrap_port"), fields.get("bootstrap_room"))
 
-    def early_answer(self, args: EngineArgs, params: Mapping[str, Any] | None, handover: Handover) -> None:
+    def early_answer(self, handover: Handover) -> None:
         return None
 
     def response_id(self, kind: Kind, request_id: str) -> str:

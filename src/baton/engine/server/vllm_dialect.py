@@ -50,7 +50,7 @@ class VllmDialect:
     always_usage: bool = False
     tracks_load: bool = False
     own_host: str = "127.0.0.1"
-    """Where decode servers reach this one, when it is a kv_producer."""
+    """Where decode servers reach this one, when it is a kv_producer or kv_both."""
 
     name: Literal["vllm"] = "vllm"
     refused_fields = REFUSED_FIELDS
@@ -85,11 +85,8 @@ class VllmDialect:
         own = (self.own_host, args.disaggregation_bootstrap_port)
         return handover_of_params(args.disaggregation_mode, fields.get("kv_transfer_params"), own)
 
-    def early_answer(
-        self, args: EngineArgs, params: Mapping[str, Any] | None, handover: Handover
-    ) -> dict[str, Any] | None:
-        is_asked = args.disaggregation_mode == "prefill" and params is not None
-        return params_of_answer(handover) if is_asked else None
+    def early_answer(self, handover: Handover) -> dict[str, Any] | None:
+        return params_of_answer(handover) if handover.side == "prefill" else None
 
     def response_id(self, kind: Kind, request_id: str) -> str:
         return f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request_id}"

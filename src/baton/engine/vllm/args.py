@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from baton.engine.args import engine_args
 from baton.engine.flags import (
@@ -23,6 +23,7 @@ from baton.engine.flags import (
     parse_flags,
     refusals,
 )
+from baton.protocol.rank import Mode
 
 USAGE = (
     "usage: vllm serve MODEL [flags]    (python3 -m vllm.entrypoints.openai.api_server takes the same, with --model)"
@@ -169,7 +170,7 @@ class VllmArgs:
     disable_custom_all_reduce: bool = flag(False, "all-reduce kernels", effect="no effect", reason="kernels are chosen by the device")
 
     # Prefill and decode apart; observability.
-    kv_transfer_config: str | None = flag(None, 'JSON: prefill and decode on separate servers: {"kv_connector": ANY, "kv_role": "kv_producer" or "kv_consumer"}; a producer meets consumers at VLLM_NIXL_SIDE_CHANNEL_HOST:VLLM_NIXL_SIDE_CHANNEL_PORT (5600)')
+    kv_transfer_config: str | None = flag(None, 'JSON: prefill and decode on separate servers: {"kv_connector": ANY, "kv_role": "kv_producer", "kv_consumer" or "kv_both" (as each request says)}; who prefills meets who decodes at VLLM_NIXL_SIDE_CHANNEL_HOST:VLLM_NIXL_SIDE_CHANNEL_PORT (5600)')
     kv_events_config: str | None = flag(None, 'JSON: publish what the prefix cache holds: {"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:5557", ...}')
     otlp_traces_endpoint: str | None = flag(None, "OpenTelemetry", effect="not served", reason="no traces are sent")
     collect_detailed_traces: str | None = flag(None, "OpenTelemetry", effect="not served", reason="no traces are sent")
@@ -196,6 +197,9 @@ _SAME = {
     "tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size",
 }  # fmt: skip
 """Ours under another name: the value is passed on where it is given."""
+
+
+_MODE_OF_ROLE: dict[str, Mode] = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 
 
 def parse_vllm_args(argv: Sequence[str]) -> VllmArgs:
@@ -254,8 +258,8 @@ def _problems(args: VllmArgs) -> list[str]:
     return problems
 
 
-def kv_mode(args: VllmArgs) -> Literal["null", "prefill", "decode"]:
-    """This server's part. Raises ValueError for a --kv-transfer-config that cannot be."""
+def kv_mode(args: VllmArgs) -> Mode:
+    """What this server does. Raises ValueError for a --kv-transfer-config that cannot be."""
     if args.kv_transfer_config is None:
         return "null"
     try:
@@ -265,14 +269,9 @@ def kv_mode(args: VllmArgs) -> Literal["null", "prefill", "decode"]:
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
     role = value.get("kv_role")
-    if role == "kv_both":
-        raise ValueError(
-            "kv_role kv_both is not served: a worker here either prefills or decodes; say kv_producer on the prefill servers "
-            "and kv_consumer on the decode servers"
-        )
-    if role not in ("kv_producer", "kv_consumer"):
-        raise ValueError(f"kv_role must be kv_producer or kv_consumer, got {role!r}")
-    return "prefill" if role == "kv_producer" else "decode"
+    if not isinstance(role, str) or role not in _MODE_OF_ROLE:
+        raise ValueError(f"kv_role must be one of {', '.join(_MODE_OF_ROLE)}, got {role!r}")
+    return _MODE_OF_ROLE[role]
 
 
 def token_count(text: str) -> int:
@@ -318,7 +317,7 @@ def engine_flags(args: VllmArgs, api_key: str | None = None, side_channel_port: 
     mode = kv_mode(args)
     if mode != "null":
         found["disaggregation_mode"] = mode
-    if mode == "prefill":
+    if mode in ("prefill", "both"):
         found["disaggregation_bootstrap_port"] = side_channel_port
     if args.nnodes > 1:
         found["dist_init_addr"] = f"{args.master_addr}:{args.master_port}"
