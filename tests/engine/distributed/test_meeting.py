@@ -16,6 +16,7 @@ from baton.engine.args import engine_args, split_address
 from baton.engine.batch import PromptLogprobsRow, SampleRow
 from baton.engine.distributed import heartbeat
 from baton.engine.distributed.control import FRAME_HEADER, GroupError, Leader, finish_phase, join
+from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.heartbeat import Heartbeat
 from baton.engine.distributed.messages import Hello, Welcome, decode_step, encode_step
 from baton.engine.distributed.topology import RANKS_PER_HOST, Topology, plan_topology
@@ -94,7 +95,11 @@ def test_a_stranger_is_sent_away_and_the_group_still_meets(leader: Leader, junk:
 def test_a_node_rank_given_twice_or_too_large_is_refused(leader: Leader) -> None:
     with ThreadPoolExecutor(4) as executor:
         leading = executor.submit(lead, leader)
-        assert "this group has ranks 0 to 2" in str(follow(leader, Hello(7, FACTS, 80)))
+        other = FACTS | {"--nnodes": "8"}
+        assert "ranks 0 to 2, led by rank 0, and no rank 7; is --node-rank right?" in str(
+            follow(leader, Hello(7, FACTS, 80))
+        )
+        assert "--nnodes: nothing on rank 0 and 8 on rank 7" in str(follow(leader, Hello(7, other, 80)))
         twice = [executor.submit(follow, leader, Hello(1, FACTS, 80)) for _ in range(2)]
         refused, waiting = wait(twice, WAIT_S, FIRST_COMPLETED)
         assert "rank 1 (node 1) is there already; is --node-rank given twice?" in str(refused.pop().result())
@@ -111,12 +116,32 @@ def test_ranks_that_do_not_come_are_named() -> None:
     leader.close()
 
 
+def test_whoever_came_hears_why_there_is_no_group() -> None:
+    group = LeaderGroup(ranks(3, 0), ("127.0.0.1", 0), 0.3, lambda reason: None)
+    with ThreadPoolExecutor(1) as executor:
+        address = group.address
+        follower = executor.submit(join, ranks(3, 1), address, Hello(1, FACTS, 1), WAIT_S)
+        with pytest.raises(GroupError) as error:
+            group.agree(FACTS, 1)
+        group.close(f"rank 0 failed: {error.value}")
+        with pytest.raises(GroupError, match=r"refuses this rank: rank 0 failed: rank 2 \(node 2\) did not come"):
+            follower.result(WAIT_S)
+
+
+def test_a_name_that_nobody_knows_is_named_with_its_flag() -> None:
+    with pytest.raises(GroupError, match="--dist-init-addr no-such-host.invalid:5000: "):
+        LeaderGroup(ranks(2, 0), ("no-such-host.invalid", 5000), WAIT_S, lambda reason: None)
+    with pytest.raises(GroupError, match=r"no-such-host.invalid:5000 \(--dist-init-addr\) was not there"):
+        join(ranks(2, 1), ("no-such-host.invalid", 5000), Hello(1, FACTS, 1), 0.0)
+
+
 def test_a_leader_that_is_not_there_is_named() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = free.getsockname()
         slept: list[float] = []
-        with pytest.raises(GroupError, match=f"127.0.0.1:{address[1]} was not there within 0 s"):
+        wanted = rf"127.0.0.1:{address[1]} \(--dist-init-addr\) was not there .*is --node-rank given twice"
+        with pytest.raises(GroupError, match=wanted):
             join(ranks(2, 1), address, Hello(1, FACTS, 1), 0.0, sleep=slept.append)
 
 

@@ -203,7 +203,7 @@ class Leader:
             connection.close()
             return
         if not isinstance(greeting, Hello | Watch) or not 0 < greeting.rank < self._topology.num_ranks:
-            self._refuse(connection, f"this group has ranks 0 to {self._topology.num_ranks - 1}, led by rank 0")
+            self._refuse_stranger(connection, hellos[0].facts, greeting)
             return
         rank = greeting.rank
         connection.peer = f"{self._topology.name_of(rank)} at {host}"
@@ -221,6 +221,20 @@ class Leader:
             self._nonces[rank] = greeting.nonce
             hellos[rank] = greeting
             logger.info("%s joined: %d of %d ranks are there", connection.peer, len(hellos), self._topology.num_ranks)
+
+    def refuse_all(self, reason: str) -> None:
+        """Tell the ranks that came why there will be no group."""
+        for connection in self.controls.values():
+            with contextlib.suppress(GroupError):
+                connection.send(Refused(reason))
+
+    def _refuse_stranger(self, connection: Connection, facts: dict[str, str], greeting: Message) -> None:
+        """A number that is none of ours; whoever has it may have been started for another group."""
+        reason = f"this group has ranks 0 to {self._topology.num_ranks - 1}, led by rank 0"
+        if isinstance(greeting, Hello):
+            problem = _difference(facts, greeting.facts, f"rank {greeting.rank}")
+            reason = f"{reason}, and no rank {greeting.rank}; {problem or 'is --node-rank right?'}"
+        self._refuse(connection, reason)
 
     def _refuse(self, connection: Connection, reason: str) -> None:
         logger.warning("%s was refused: %s", connection.peer, reason)
@@ -313,6 +327,10 @@ def _dial(
             for _ in range(count):
                 found.append(socket.create_connection(address, timeout=GREETING_TIMEOUT_S))
             return found
+        except ConnectionRefusedError:
+            reason = (
+                "nobody listens there yet, or its group is complete without this rank (is --node-rank given twice?)"
+            )
         except OSError as error:
             reason = error.strerror or str(error)
         for sock in found:
@@ -320,7 +338,8 @@ def _dial(
         now = time.monotonic()
         if now >= deadline:
             raise GroupError(
-                f"the leader at {address[0]}:{address[1]} was not there within {timeout_s:g} s (--dist-timeout): {reason}"
+                f"the leader at {address[0]}:{address[1]} (--dist-init-addr) was not there within {timeout_s:g} s "
+                f"(--dist-timeout): {reason}"
             )
         if now >= next_note:
             next_note = now + PROGRESS_S

@@ -25,6 +25,7 @@ OnLost = Callable[[str], None]
 LOAD_TIMEOUT_S = 1800.0
 """Between the first and the last rank whose weights are there."""
 LAST_WORDS_S = 1.0
+STOPPED = "rank 0 was told to stop"
 
 
 class Group(Protocol):
@@ -112,12 +113,16 @@ class LeaderGroup:
     def say_stopped(self) -> None:
         """Tell the others that this end is no failure. The process ends next."""
         if self._heartbeat is not None:
-            self._heartbeat.close("rank 0 was told to stop", on_purpose=True)
+            self._heartbeat.close(STOPPED, on_purpose=True)
+        else:
+            self._leader.refuse_all(STOPPED)
 
     def close(self, last_words: str = "") -> None:
         """The others end when they hear of it."""
         if self._heartbeat is not None:
             self._heartbeat.close(last_words)
+        else:
+            self._leader.refuse_all(last_words)
         if self._parts is not None:
             self._parts.close()
         self._leader.close()
