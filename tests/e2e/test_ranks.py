@@ -90,7 +90,10 @@ def test_a_leader_that_is_told_to_stop_ends_both_nodes_without_failure(group: Se
     leader, follower = group.processes["node-0"], group.processes["node-1"]
     leader.popen.terminate()
     assert (leader.popen.wait(15), follower.popen.wait(15)) == (0, 0)
-    assert "rank 0 was told to stop" in follower.tail()
+    log = follower.log.read_text()
+    assert "rank 0 was told to stop" in log
+    for text, names in ((leader.log.read_text(), ("worker", "rank0")), (log, ("node1", "rank1"))):
+        assert all(f" {name} baton." in text for name in names), "every line says which process wrote it"
 
 
 def test_prefill_ranks_with_a_pool_each_and_decode_ranks_that_share_one(

@@ -15,6 +15,7 @@ from baton.engine.distributed.engines import EnginePlan, plan_of_host
 from baton.engine.distributed.fits import need_fit_of_model
 from baton.engine.distributed.node import run_node
 from baton.engine.distributed.processes import stop_ranks
+from baton.engine.log import name_of_worker, start_logging
 from baton.engine.server.channel import ChannelAddress
 from baton.engine.server.dialect import Dialect
 from baton.engine.server.main import EngineProcess, bind, run_server
@@ -28,8 +29,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Run one worker until a signal or its rank's end. Returns the exit status; flag errors exit with 2."""
     args = parse_engine_args(argv)
-    log_format = f"%(asctime)s {args.disaggregation_mode} %(name)s %(levelname)s %(message)s"
-    logging.basicConfig(level=args.log_level.upper(), format=log_format)
+    start_logging(name_of_worker(args), args.log_level)
     try:
         return run_worker(args, argv) if args.node_rank == 0 else run_node(args, argv)
     except (BatonError, OSError) as error:

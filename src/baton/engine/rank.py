@@ -20,6 +20,7 @@ from baton.engine.assemble import Engine, assemble
 from baton.engine.batch import ForwardBatch
 from baton.engine.distributed.lead import lead_group
 from baton.engine.distributed.processes import die_with_parent, end_when_told
+from baton.engine.log import name_of_rank, start_logging
 from baton.engine.scheduler.pd import AbortTransfer, Action, Expect, Receive, SendPages
 from baton.engine.server.channel import ChannelAddress, RankChannel
 from baton.protocol.errors import BatonError, ErrorInfo
@@ -213,7 +214,7 @@ class RankLoop:
 def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) -> int:
     """Load the model, say `Ready`, run. Returns an exit status if it cannot start."""
     channel = RankChannel(address)
-    group, reason = None, "rank 0 ended"
+    group, problem = None, None
     try:
         group = lead_group(args, flags, address)
         end_when_told(group.say_stopped if group is not None else lambda: None)
@@ -222,16 +223,18 @@ def serve_rank(args: EngineArgs, flags: Sequence[str], address: ChannelAddress) 
         channel.start_beats()
         RankLoop(engine, channel).run()
     except (BatonError, OSError, MemoryError) as error:
-        reason = f"rank 0 failed: {error}"
-        channel.send(Fatal(str(error)))
+        problem = str(error)
         return 1
     except Exception as error:
-        # Whatever it was, the HTTP process must hear of it before the traceback ends this one.
-        channel.send(Fatal(f"{type(error).__name__}: {error}"))
+        # Whatever it was, the others must hear of it before the traceback ends this process.
+        problem = f"{type(error).__name__}: {error}"
         raise
     finally:
+        # The other ranks first: the HTTP process ends this one when it hears of a failure.
         if group is not None:
-            group.close(reason)
+            group.close("rank 0 ended" if problem is None else f"rank 0 failed: {problem}")
+        if problem is not None:
+            channel.send(Fatal(problem))
         channel.close()
     return 0
 
@@ -244,8 +247,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     args = parse_engine_args(flags)
-    name = "rank" if args.dp_size == 1 else f"dp{args.dp_rank} rank"
-    logging.basicConfig(level=args.log_level.upper(), format=f"%(asctime)s {name} %(name)s %(levelname)s %(message)s")
+    start_logging(name_of_rank(args, 0), args.log_level)
     return serve_rank(args, flags, ChannelAddress(directory))
 
 

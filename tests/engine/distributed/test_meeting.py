@@ -129,7 +129,7 @@ def test_whoever_came_hears_why_there_is_no_group() -> None:
 
 
 def test_a_name_that_nobody_knows_is_named_with_its_flag() -> None:
-    with pytest.raises(GroupError, match="--dist-init-addr no-such-host.invalid:5000: "):
+    with pytest.raises(GroupError, match=r"--dist-init-addr no-such-host\.invalid:5000: "):
         LeaderGroup(ranks(2, 0), ("no-such-host.invalid", 5000), WAIT_S, lambda reason: None)
     with pytest.raises(GroupError, match=r"no-such-host.invalid:5000 \(--dist-init-addr\) was not there"):
         join(ranks(2, 1), ("no-such-host.invalid", 5000), Hello(1, FACTS, 1), 0.0)

@@ -28,6 +28,7 @@ from baton.engine.distributed.tiers import FollowingTiers, agree_host_pages
 from baton.engine.distributed.topology import Topology, plan_topology
 from baton.engine.handover import follow_transfer
 from baton.engine.load import LoadedModel, choose_device, load_model
+from baton.engine.log import name_of_rank, start_logging
 from baton.engine.models.shard import local_sizes
 from baton.engine.server.channel import ChannelAddress, RankChannel
 from baton.engine.tiers import choose_host_pages, open_tiers, page_shape
@@ -114,8 +115,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_engine_args(flags)
     device = choose_device(args, int(local_rank))
     topology = plan_topology(args, device.type, os.environ, int(local_rank))
-    log_format = f"%(asctime)s rank{topology.rank} %(name)s %(levelname)s %(message)s"
-    logging.basicConfig(level=args.log_level.upper(), format=log_format)
+    start_logging(name_of_rank(args, topology.rank), args.log_level)
     if topology.local_rank == 0:
         start_siblings(topology, flags)
     return follow(args, topology, None if directory == "-" else RankChannel(ChannelAddress(directory)))

@@ -18,6 +18,7 @@ from baton.engine.args import engine_args
 from baton.engine.distributed.node import run_node
 from baton.engine.flags import effect_notes
 from baton.engine.launch import run_worker
+from baton.engine.log import start_logging
 from baton.engine.server.vllm_dialect import VllmDialect
 from baton.engine.vllm.args import SIDE_CHANNEL_PORT, VllmArgs, engine_flags, parse_vllm_args
 from baton.engine.vllm.cluster import ClusterError, Ended, Lead, Line, Message, Nodes, Start, known_head, own_host
@@ -50,7 +51,7 @@ def cli_main(argv: Sequence[str]) -> int:
 def api_server_main(argv: Sequence[str]) -> int:
     """Serve until a signal or the end of a rank. Returns the exit status; flag errors exit with 2."""
     args = parse_vllm_args(argv)
-    logging.basicConfig(level="INFO", format="%(asctime)s vllm %(name)s %(levelname)s %(message)s")
+    start_logging("vllm", "info")
     for note in effect_notes(args, "cuda"):
         logger.warning("%s", note)
     port = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT", str(SIDE_CHANNEL_PORT))
