@@ -96,7 +96,7 @@ def test_a_leader_that_is_told_to_stop_ends_both_nodes_without_failure(group: Se
         assert all(f" {name} baton." in text for name in names), "every line says which process wrote it"
 
 
-def test_prefill_ranks_with_a_pool_each_and_decode_ranks_that_share_one(
+def test_prefill_ranks_with_a_pool_each_and_decode_stages_that_share_one(
     demo_model: Path, tmp_path: Path, aggregated: Process
 ) -> None:
     """Two slices of uneven size come together in whole pages."""
@@ -104,7 +104,7 @@ def test_prefill_ranks_with_a_pool_each_and_decode_ranks_that_share_one(
         service.environment |= {"BATON_RANKS_PER_HOST": "2", "BATON_COLLECTIVE": "tcp"}
         prefill = service.worker("prefill-0", "prefill", "--tp", "2")
         del service.environment["BATON_COLLECTIVE"]
-        service.worker("decode-0", "decode", "--tp", "2")
+        service.worker("decode-0", "decode", "--pp", "2")
         service.wait_ready()
         service.router()
         service.wait_ready()
@@ -113,7 +113,8 @@ def test_prefill_ranks_with_a_pool_each_and_decode_ranks_that_share_one(
         answers = generate_all(service.processes["router"].url, bodies, concurrency=8)
         for body, ours, theirs in zip(bodies, answers, expected, strict=True):
             assert ours["output_ids"] == theirs["output_ids"], body
-        assert "ranks=2" in prefill.log.read_text()
+        assert "ranks=2 stages=1" in prefill.log.read_text()
+        assert "ranks=2 stages=2" in service.processes["decode-0"].log.read_text()
         port = json.loads(prefill.get("/get_server_info")[1])["disaggregation_bootstrap_port"]
         query = "/route?engine_rank=-1&target_dp_group=-1&target_pp_rank=-1"
         sizes = {"prefill_attn_tp_size": 2, "prefill_dp_size": 1, "prefill_pp_size": 1}
