@@ -39,7 +39,7 @@ class VllmFabric:
 
 
 class FakeVllm(FakeWorker):
-    """`role`: prefill (kv_producer), decode (kv_consumer) or both (kv_both)."""
+    """`role`: prefill (kv_producer), decode (kv_consumer), both (kv_both) or regular (no connector)."""
 
     def __init__(self, role: str, fabric: Fabric | None = None, *, is_baton: bool = False) -> None:
         super().__init__(role, fabric, sends_token_ids=is_baton)
@@ -79,6 +79,8 @@ class FakeVllm(FakeWorker):
         return ("chatcmpl-" if path == "/v1/chat/completions" else "cmpl-") + headers["x-request-id"]
 
     async def meet(self, body: dict[str, Any], headers: dict[str, str], raw: bytes) -> dict[str, Any] | None:
+        if self.role == "regular":
+            return None
         self._check(body, headers, raw)
         params = body.get("kv_transfer_params")
         if params is None:
@@ -129,7 +131,7 @@ class FakeVllm(FakeWorker):
 
     async def _take(self, body: dict[str, Any], headers: dict[str, str]) -> None:
         params = body["kv_transfer_params"]
-        offer = next((one for one in self.offers if one.params == params), None)
+        offer = next((one for one in reversed(self.offers) if one.params == params), None)
         assert offer is not None, f"no prefill answered {params}"
         assert not offer.is_taken, "blocks were taken twice"
         assert offer.request_id == headers["x-request-id"], "both sides are to see one request id"

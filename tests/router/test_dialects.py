@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from tests.fakes.fake_vllm import FakeVllm
 from tests.fakes.fake_worker import Fabric, FakeWorker, expected_text
-from tests.fakes.router_bed import bed, eventually
+from tests.fakes.router_bed import bed, connect, eventually, http_request
 
 from baton.router.config import BreakerConfig, HealthConfig, WorkerSpec
 
@@ -220,6 +220,21 @@ async def test_sglang_s_workers_are_never_both():
         await eventually(lambda: all(one.healthy is False for one in b.router.core.registry.all()))
         assert "kv_both" in (await b.get("/readiness")).json["missing"]["decode"]
     await worker.stop()
+
+
+async def test_regular_workers_of_any_kind_share_a_router_and_are_ended_as_each_can():
+    kinds = iter([FakeVllm, FakeWorker])
+    async with bed(regular=2, make=lambda role, fabric: next(kinds)(role, fabric)) as b:
+        for worker in b.regular:
+            worker.faults.hang = True
+        clients = [await connect(b.router.port) for _ in b.regular]
+        for client in clients:
+            client.send(http_request("/v1/completions", BODY))
+        await eventually(lambda: all(worker.seen for worker in b.regular))
+        for client in clients:
+            client.close()
+        await eventually(lambda: all(worker.disconnects for worker in b.regular) and b.regular[1].aborts)
+        assert [one["dialect"] for one in (await b.get("/workers")).json["workers"]] == ["vllm", "sglang"]
 
 
 # The router's other routes

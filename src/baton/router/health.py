@@ -83,9 +83,9 @@ class HealthChecker:
         config = self._core.config.health
         try:
             answer = await self._core.call(worker, b"GET", config.endpoint.encode(), config.timeout_s)
-            if answer.status == 200 and not worker.healthy and self._core.config.pd:
+            if answer.status == 200 and not worker.healthy:
                 worker.software = await identify(self._core, worker)
-                misfit = settle_protocol(self._core, worker)
+                misfit = settle_protocol(self._core, worker) if self._core.config.pd else ""
                 if misfit and misfit != worker.problem:
                     log.error("worker is refused worker=%s role=%s reason=%r", worker.url, worker.role, misfit)
                 return misfit, True
@@ -106,7 +106,11 @@ class HealthChecker:
         if was == healthy:
             return
         if healthy:
-            log.info("worker is healthy worker=%s role=%s", worker.url, worker.role)
+            found = worker.software
+            log.info(
+                "worker is healthy worker=%s role=%s dialect=%s version=%r",
+                worker.url, worker.role, found.dialect, found.version,
+            )  # fmt: skip
             if was is False:  # most likely restarted: its caches are empty, its past failures are past
                 worker.breaker.reset()
                 self._core.registry.policies[worker.role].forget(worker.url)

@@ -154,7 +154,7 @@ def _worker_lines(workers: "list[Worker]", roles: list[str]) -> list[str]:
     )
     out += _family("smg_worker_health", "gauge", "1: healthy.", [(labels(w), int(w.healthy is True)) for w in workers])
     out += _family(
-        "baton_router_worker_info", "gauge", "What a worker of a pair was found to be.",
+        "baton_router_worker_info", "gauge", "What a worker was found to be.",
         [((*labels(w), ("dialect", w.software.dialect), ("version", w.software.version)), 1) for w in workers],
     )  # fmt: skip
     out += _family("smg_worker_requests_active", "gauge", "Requests on it.", [(labels(w), w.active) for w in workers])
