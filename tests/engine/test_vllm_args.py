@@ -64,10 +64,42 @@ def test_the_manifests_command() -> None:
         ("-n 2 -r 1 --master-addr h --master-port 9 -tp 2", "dist_init_addr", "h:9"),
         ("--host 127.0.0.1", "host", "127.0.0.1"),
         ("--device cpu", "device", "cpu"),
+        ("-dp 4", "dp_size", 4),
+        ("-dp 4", "load_balance_method", "total_requests"),
+        ('-dp 4 --kv-transfer-config {"kv_role":"kv_producer"}', "load_balance_method", "auto"),
+        ("-dp 4 -dpl 4 -dpa 10.0.0.1 -dpp 13345", "dp_size", 4),
+        ("-dp 4 -dpl 2 -dpr 2 --data-parallel-hybrid-lb", "dp_size", 2),
+        ("-dp 4 -dpl 2 -dpr 2 --data-parallel-hybrid-lb", "dp_rank", 2),
+        ("-dp 4 -dpn 3", "dp_size", 1),
+        ("-dp 4 -dpn 3 --data-parallel-external-lb", "dp_rank", 3),
+        ('-dp 4 -dpn 3 --kv-transfer-config {"kv_role":"kv_producer"}', "disaggregation_bootstrap_port", 5603),
     ],
 )
 def test_flags_with_an_effect(flags: str, field: str, value: object) -> None:
     assert getattr(ours(f"--model m {flags}"), field) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("-dp 4 --headless", "--headless with --data-parallel-size: a node without HTTP"),
+        (
+            "-dp 4 -dpl 2",
+            "--data-parallel-size-local 2 of --data-parallel-size 4: engines of other nodes are not served",
+        ),
+        ("-dp 4 -dpr 2", "--data-parallel-start-rank needs --data-parallel-hybrid-lb"),
+        ("-dp 4 --data-parallel-hybrid-lb", "--data-parallel-hybrid-lb needs --data-parallel-size-local"),
+        ("-dp 4 -dph -dpl 2 -dpr 3", "--data-parallel-start-rank 3 and --data-parallel-size-local 2 make more engines"),
+        ("-dp 4 -dpn 4", "--data-parallel-rank must be below --data-parallel-size (4), got 4"),
+        ("-dp 4 -dpn 1 -dpl 2", "--data-parallel-size-local 2 with --data-parallel-rank, which is one engine"),
+        ("-dp 4 -dpn 1 -dph", "--data-parallel-rank is for one engine"),
+        ("-dp 4 --data-parallel-external-lb", "--data-parallel-external-lb needs --data-parallel-rank"),
+        ("-dp 2 -tp 2 -n 2", "--dp-size 2 with --nnodes 2"),
+    ],
+)
+def test_data_parallel_layouts_that_cannot_be_are_named(flags: str, named: str) -> None:
+    (problem,) = problems(f"--model m {flags}")
+    assert problem.startswith(named)
 
 
 def test_what_does_nothing_is_said_once_with_its_reason() -> None:

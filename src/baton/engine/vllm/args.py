@@ -23,13 +23,14 @@ from baton.engine.flags import (
     parse_flags,
     refusals,
 )
+from baton.engine.vllm.data_parallel import LocalEngines, local_engines
 from baton.protocol.rank import Mode
 
 USAGE = (
     "usage: vllm serve MODEL [flags]    (python3 -m vllm.entrypoints.openai.api_server takes the same, with --model)"
 )
 _LATER = "not served yet"
-_ONE_ENGINE = "a worker is one engine; start several behind a router instead"
+_OWN_ENGINES = "a server's engines are on its own host and start with it"
 _DIST = "ranks are processes of ours, whatever starts them"
 _TOKENIZER = "there is one tokenizer, the fast one"
 _TLS = "put a proxy in front"
@@ -44,6 +45,8 @@ SIDE_CHANNEL_PORT = 5600
 _LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 _SHORT = {
     "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-n": "--nnodes",
+    "-dpl": "--data-parallel-size-local", "-dpn": "--data-parallel-rank", "-dpr": "--data-parallel-start-rank", "-dpa": "--data-parallel-address",
+    "-dpp": "--data-parallel-rpc-port", "-dpb": "--data-parallel-backend", "-dph": "--data-parallel-hybrid-lb", "-dpe": "--data-parallel-external-lb",
     "-r": "--node-rank", "-q": "--quantization", "-O": "--compilation-config",
 }  # fmt: skip
 
@@ -157,7 +160,15 @@ class VllmArgs:
     # Parallelism.
     tensor_parallel_size: int = flag(1, "tensor-parallel ranks", minimum=1)
     pipeline_parallel_size: int = flag(1, "pipeline stages of --tensor-parallel-size ranks each (VLLM_PP_LAYER_PARTITION=10,12: layers of each)", minimum=1)
-    data_parallel_size: int = flag(1, "data-parallel engines", minimum=1, effect="refused", reason=_ONE_ENGINE, accepts=("1",))
+    data_parallel_size: int = flag(1, "data-parallel engines, behind this one port unless another flag says where they are; a CPU host runs one", minimum=1)
+    data_parallel_size_local: int | None = flag(None, "engines of this node, with --data-parallel-hybrid-lb; none: all", kind=int, minimum=1)
+    data_parallel_rank: int | None = flag(None, "this server is the one engine of that number, and a balancer is in front of it and its like", kind=int, minimum=0)
+    data_parallel_start_rank: int | None = flag(None, "number of this node's first engine, with --data-parallel-hybrid-lb", kind=int, minimum=0)
+    data_parallel_hybrid_lb: bool = flag(False, "this server has the engines of its node, every node has one, and a balancer is in front")
+    data_parallel_external_lb: bool = flag(False, "as --data-parallel-rank, which it needs")
+    data_parallel_address: str | None = flag(None, "address of the first node", effect="no effect", reason=_OWN_ENGINES)
+    data_parallel_rpc_port: int | None = flag(None, "port of the first node", kind=int, effect="no effect", reason=_OWN_ENGINES)
+    data_parallel_backend: str = flag("mp", "what starts engines", choices=("mp", "ray"), effect="no effect", reason="engines are processes of this node")
     enable_expert_parallel: bool = flag(False, "whole experts on each rank, instead of a part of every expert")
     distributed_executor_backend: str | None = flag(None, "ray: over the nodes that multi-node-serving.sh gathered; mp, uni: this node; none: ray where nodes are gathered", choices=("ray", "mp", "uni"))
     nnodes: int = flag(1, "nodes of this engine, each started with the same flags", minimum=1)
@@ -185,6 +196,19 @@ class VllmArgs:
     @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def local_engines(self) -> LocalEngines:
+        """The engines of this server. Raises ValueError for flags that cannot be."""
+        return local_engines(
+            size=self.data_parallel_size,
+            size_local=self.data_parallel_size_local,
+            rank=self.data_parallel_rank,
+            start_rank=self.data_parallel_start_rank,
+            hybrid_lb=self.data_parallel_hybrid_lb,
+            external_lb=self.data_parallel_external_lb,
+            headless=self.headless,
+        )
 
 
 _SAME = {
@@ -245,6 +269,10 @@ def _problems(args: VllmArgs) -> list[str]:
         problems.append("--max-logprobs -1 (the whole vocabulary) is not served; give a number")
     if args.node_rank >= args.nnodes:
         problems.append(f"--node-rank must be below --nnodes ({args.nnodes}), got {args.node_rank}")
+    try:
+        _ = args.local_engines
+    except ValueError as error:
+        problems.append(str(error))
     try:
         kv_mode(args)
     except ValueError as error:
@@ -315,10 +343,17 @@ def engine_flags(args: VllmArgs, api_key: str | None = None, side_channel_port: 
     if args.enable_expert_parallel and args.tensor_parallel_size > 1:
         found["ep_size"] = args.tensor_parallel_size
     mode = kv_mode(args)
+    engines = args.local_engines
+    if engines.first_rank:
+        found["dp_rank"] = engines.first_rank
+    if engines.count > 1:
+        found["dp_size"] = engines.count
+        if mode != "prefill":  # there the room decides
+            found["load_balance_method"] = "total_requests"  # as vLLM's, which counts waiting ones four times
     if mode != "null":
         found["disaggregation_mode"] = mode
     if mode in ("prefill", "both"):
-        found["disaggregation_bootstrap_port"] = side_channel_port
+        found["disaggregation_bootstrap_port"] = side_channel_port + engines.first_rank
     if args.nnodes > 1:
         found["dist_init_addr"] = f"{args.master_addr}:{args.master_port}"
     found["log_level_http"] = _access_log_level(args)

@@ -101,6 +101,9 @@ def gather(args: VllmArgs, flags: Sequence[str]) -> list[str]:
     if args.num_ranks == 1 or args.nnodes > 1 or args.distributed_executor_backend in ("mp", "uni"):
         return []
     port = known_head()
+    if port is not None and args.local_engines.count > 1:
+        logger.warning("--data-parallel-size %d: all engines are on this node", args.data_parallel_size)
+        return []
     if port is None:
         if args.distributed_executor_backend == "ray":
             logger.warning("--distributed-executor-backend ray: no nodes were gathered here; this node serves alone")
