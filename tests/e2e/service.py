@@ -33,13 +33,16 @@ class Process:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(10)
 
-    def rank_pid(self) -> int:
-        """The process beside the HTTP process that runs the model."""
+    def rank_pids(self) -> list[int]:
+        """The processes beside the HTTP process that run the model, the first rank of each engine."""
         pid = self.popen.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ranks = [int(one) for one in children if b"baton.engine.rank" in Path(f"/proc/{one}/cmdline").read_bytes()]
-        assert len(ranks) == 1, f"{self.name} has ranks {ranks}"
-        return ranks[0]
+        return [int(one) for one in children if b"baton.engine.rank" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+    def rank_pid(self) -> int:
+        """Of a worker of one engine."""
+        [rank] = self.rank_pids()
+        return rank
 
     def signal(self, number: int) -> None:
         """To the whole worker."""
