@@ -108,7 +108,7 @@ class TestCacheAware:
 
 
 class TestRooms:
-    prefill = Dispatcher(make_balancer("auto", PAGE, 100), follows_room=True, must_follow_room=True)
+    prefill = Dispatcher(make_balancer("auto", PAGE, 100), mode="prefill")
 
     def test_a_prefill_follows_the_room(self) -> None:
         rooms = [submit(1, room=room) for room in (7, 8, 6, 2**62 + 1)]
@@ -124,17 +124,23 @@ class TestRooms:
         assert sorted(self.prefill.dispatch(fake, idle(2), None)) == [0, 1]
         assert self.prefill.dispatch(fake, idle(2), 1) == [1, 1]
 
+    def test_a_worker_of_both_parts_follows_it_where_it_prefills(self) -> None:
+        dispatcher = Dispatcher(make_balancer("total_requests", PAGE, 100), mode="both")
+        sides = [Bootstrap("h", 1, 4, "prefill"), Bootstrap("h", 1, 6, "decode"), None]
+        requests = [Submit(rid="a", input_ids=[1], sampling=SamplingParams(), bootstrap=side) for side in sides]
+        assert dispatcher.dispatch(requests, [EngineLoad(9), EngineLoad(0)], None) == [0, 1, 1]
+
     def test_numbers_that_begin_elsewhere(self) -> None:
         """Engines 3 and 4 of a deployment register as groups 1 and 0 of this worker's two."""
-        dispatcher = Dispatcher(make_balancer("auto", PAGE, 100), True, True, first_dp_rank=3)
+        dispatcher = Dispatcher(make_balancer("auto", PAGE, 100), mode="prefill", first_dp_rank=3)
         assert dispatcher.dispatch([submit(1, room=0), submit(2, room=1)], idle(2), None) == [1, 0]
 
     def test_asking_for_another_engine_is_refused_on_a_prefill_and_wins_on_a_decode(self) -> None:
-        with pytest.raises(RequestError, match="bootstrap_room picks the engine, here 1 of 2") as caught:
+        with pytest.raises(RequestError, match="bootstrap_room picks the engine of a prefill, here 1 of 2") as caught:
             self.prefill.dispatch([submit(1, room=5)], idle(2), 0)
         assert (caught.value.info.code, caught.value.info.param) == (400, "data_parallel_rank")
         assert self.prefill.dispatch([submit(1, room=5)], idle(2), 1) == [1]
-        decode = Dispatcher(make_balancer("follow_bootstrap_room", PAGE, 100), follows_room=True)
+        decode = Dispatcher(make_balancer("follow_bootstrap_room", PAGE, 100), follows_room=True, mode="decode")
         assert decode.dispatch([submit(1, room=5)], idle(2), None) == [1]
         assert decode.dispatch([submit(1, room=5)], idle(2), 0) == [0]
 
