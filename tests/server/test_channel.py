@@ -1,11 +1,15 @@
 """Between the HTTP process and its rank: a process that stands still is lost, unless both did or a debugger holds it."""
 
 import asyncio
+import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +110,29 @@ async def test_a_rank_in_a_debugger_may_be_silent(channel: ServerChannel, rank: 
 
     with pytest.raises(TimeoutError):
         await channel.until_silent(1.0, sleep)
+
+
+def test_what_a_killed_worker_left_is_swept_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "from baton.engine.server.channel import ChannelAddress\n"
+        "import time; print(ChannelAddress.create().directory, flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with contextlib.ExitStack() as stack:
+        owners = [
+            stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+            )
+            for _ in range(2)
+        ]
+        _, in_use = (Path(one.stdout.readline().strip()) for one in owners if one.stdout is not None)
+        owners[0].kill()
+        owners[0].wait(WAIT_S)
+        unknown = tmp_path / "baton-of-somebody"
+        unknown.mkdir(0o700)
+        address = ChannelAddress.create()
+        assert sorted(tmp_path.iterdir()) == sorted([in_use, unknown, Path(address.directory)])
+        owners[1].kill()
+        address.remove()
+    assert sorted(tmp_path.iterdir()) == sorted([in_use, unknown])

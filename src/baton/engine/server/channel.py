@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import os
 import selectors
-import shutil
-import tempfile
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from baton.engine.server.owned_directory import OwnedDirectory
 from baton.protocol.rank import Beat, FromRank, ToRank
 
 MAX_SOCKET_PATH_BYTES = 100
@@ -32,18 +31,15 @@ FROZEN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ChannelAddress:
-    """A directory (mode 0700) that holds the sockets of one worker. Whoever called `create` calls `remove`."""
+    """A private directory that holds the sockets of one worker. Whoever called `create` calls `remove`."""
 
     directory: str
+    _owned: OwnedDirectory | None = None
 
     @classmethod
     def create(cls) -> "ChannelAddress":
-        directory = tempfile.mkdtemp(prefix="baton-")
-        if len(directory) > MAX_SOCKET_PATH_BYTES - len("/from_rank"):
-            # A long TMPDIR cannot hold a unix socket.
-            Path(directory).rmdir()
-            directory = tempfile.mkdtemp(prefix="baton-", dir="/tmp")
-        return cls(directory)
+        owned = OwnedDirectory.create(MAX_SOCKET_PATH_BYTES - len("/from_rank"))
+        return cls(owned.path, owned)
 
     @property
     def to_rank(self) -> str:
@@ -54,7 +50,8 @@ class ChannelAddress:
         return f"ipc://{self.directory}/from_rank"
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._owned is not None:
+            self._owned.remove()
 
 
 def _writer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
