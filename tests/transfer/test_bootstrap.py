@@ -1,5 +1,6 @@
 """The bootstrap server speaks SGLang's protocol to the status and the text."""
 
+import asyncio
 import http.client
 import json
 
@@ -117,3 +118,13 @@ async def test_look_up_explains_what_is_wrong() -> None:
         assert call(port, "GET", "/ranks?target_dp_group=x")[0] == 400
     with pytest.raises(OSError):
         await look_up("127.0.0.1", port)
+
+
+async def test_a_worker_of_an_older_version_is_named() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nNot Found")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1") as server:
+        with pytest.raises(TransferError, match="the prefill worker is of another version than this one"):
+            await look_up("127.0.0.1", server.sockets[0].getsockname()[1])
