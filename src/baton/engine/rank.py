@@ -39,7 +39,7 @@ from baton.protocol.rank import (
     ToRank,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("baton.engine.rank")  # not __name__: the process runs this module as __main__
 
 
 class RankLoop:

@@ -14,7 +14,7 @@ from tests.fakes.batches import PagedSequences, Query
 
 from baton.engine.args import engine_args, split_address
 from baton.engine.batch import PromptLogprobsRow, SampleRow
-from baton.engine.distributed import heartbeat
+from baton.engine.distributed import control, heartbeat
 from baton.engine.distributed.control import FRAME_HEADER, GroupError, Leader, finish_phase, join
 from baton.engine.distributed.group import LeaderGroup
 from baton.engine.distributed.heartbeat import Heartbeat
@@ -130,9 +130,25 @@ def test_whoever_came_hears_why_there_is_no_group() -> None:
 
 def test_a_name_that_nobody_knows_is_named_with_its_flag() -> None:
     with pytest.raises(GroupError, match=r"--dist-init-addr no-such-host\.invalid:5000: "):
-        LeaderGroup(ranks(2, 0), ("no-such-host.invalid", 5000), WAIT_S, lambda reason: None)
+        Leader(ranks(2, 0), ("no-such-host.invalid", 5000), 0.0)
     with pytest.raises(GroupError, match=r"no-such-host.invalid:5000 \(--dist-init-addr\) was not there"):
         join(ranks(2, 1), ("no-such-host.invalid", 5000), Hello(1, FACTS, 1), 0.0)
+
+
+def test_a_leader_whose_name_is_not_known_yet_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[object] = [socket.gaierror(socket.EAI_NONAME, "not known"), socket.getaddrinfo("127.0.0.1", 0)]
+
+    def look_up(*args: object, **kwargs: object) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(control, "NAME_RETRY_S", 0.0)
+    leader = Leader(ranks(2, 0), ("new-pod.svc", 0), WAIT_S)
+    assert leader.address[0] == "127.0.0.1"
+    leader.close()
 
 
 def test_a_leader_that_is_not_there_is_named() -> None:

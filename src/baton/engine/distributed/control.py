@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 GREETING_TIMEOUT_S = 5.0
 RETRY_S = 0.5
+NAME_TIMEOUT_S = 60.0
+"""How long the leader looks for its own name: in a cluster it is known a while after the leader's pod has started."""
+NAME_RETRY_S = 2.0
 PROGRESS_S = 10.0
 """Between two log lines of a rank that waits for others."""
 
@@ -130,7 +133,7 @@ class Leader:
         self._topology = topology
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
-        self._listener = _listen(*address)
+        self._listener = _listen(*address, time.monotonic() + min(timeout_s, NAME_TIMEOUT_S))
         self._greeted: list[tuple[Connection, Hello | Watch]] = []
         self.controls: dict[int, Connection] = {}
         """By rank, complete after `gather_ranks`."""
@@ -293,11 +296,16 @@ def finish_phase(control: Connection, name: str, value: str, timeout_s: float | 
     return message.values
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise GroupError(f"--dist-init-addr {host}:{port}: {error.strerror}") from None
+def _listen(host: str, port: int, deadline: float) -> socket.socket:
+    while True:
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise GroupError(f"--dist-init-addr {host}:{port}: {error.strerror}") from None
+            logger.warning("--dist-init-addr %s:%d: %s; looking again", host, port, error.strerror)
+        time.sleep(NAME_RETRY_S)
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -35,7 +35,7 @@ from baton.engine.tiers import choose_host_pages, open_tiers, page_shape
 from baton.protocol.errors import BatonError
 from baton.protocol.rank import Fatal, Ready
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("baton.engine.distributed.follower")  # not __name__: the process runs it as __main__
 
 
 def follow(args: EngineArgs, topology: Topology, channel: RankChannel | None) -> int:
