@@ -53,7 +53,8 @@ def test_serve_names_the_port_that_is_in_use(demo_model: Path, tmp_path: Path, a
 def test_stand_ins_run_the_worker_and_the_router_under_their_upstream_names() -> None:
     standins = Path(__file__).parents[2] / "src" / "baton" / "standins"
     environment = {**os.environ, "PYTHONPATH": str(standins)}
-    for module in ("sglang.launch_server", "sglang.srt.disaggregation.mini_lb", "sglang_router.launch_router"):
+    modules = ("sglang.launch_server", "sglang.srt.disaggregation.mini_lb", "sglang_router.launch_router")
+    for module in (*modules, "vllm_router.launch_router"):
         command = [sys.executable, "-m", module, "--no-such-flag-at-all"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert result.returncode == 2, result

@@ -189,7 +189,7 @@ def test_kv_both_servers_hand_over_to_each_other_behind_a_proxy_of_vllms_protoco
         assert "Paris" in answers[pairs[0]]
         for (_, decode, country), answer in answers.items():
             assert answer == text(ask("b" if decode == "a" else "a", country)), "the same as without a hand-over"
-        routing = f"exec python3 -m sglang_router.launch_router --host 127.0.0.1 --port {ports['router']}"
+        routing = f"exec vllm-router --vllm-pd-disaggregation --host 127.0.0.1 --port {ports['router']}"
         routing += f" --prefill {urls['a']} {urls['b']} --decode {urls['a']} {urls['b']}"
         with started(tmp_path, "router", routing):
             wait_healthy(urls["router"], tmp_path, "/readiness")

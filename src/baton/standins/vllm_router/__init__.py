@@ -1,0 +1,1 @@
+"""Stand-in: the entry points that manifests name, served by Baton."""
