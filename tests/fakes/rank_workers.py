@@ -103,8 +103,11 @@ class Worker:
             outputs += message.outputs
         return outputs
 
-    def ask(self, message: ToRank) -> Any:
+    def tell(self, message: ToRank) -> None:
         self._channel.to_rank.put(message)
+
+    def ask(self, message: ToRank) -> Any:
+        self.tell(message)
         return self._channel.from_rank.get(timeout=WAIT_S)
 
     def drain(self) -> None:

@@ -16,7 +16,7 @@ from tests.fakes.rank_workers import GroupWorker, Worker, numbers
 from tests.fakes.transfer_pair import bootstrap_server
 
 from baton.engine.distributed.connect import COLLECTIVE
-from baton.protocol.rank import Bootstrap, CheckIntegrity, FlushCache
+from baton.protocol.rank import Abort, Bootstrap, CheckIntegrity, FlushCache
 from baton.transfer.base import FirstToken
 
 PROMPTS = random_prompts(68, 35)
@@ -56,9 +56,9 @@ def workers(model: Path, mode: str, port: int, tp: int, pp: int = 1) -> Iterator
 
 
 def submit(prefill: Worker, decode: Worker, prompt: list[int], port: int) -> None:
-    meeting = Bootstrap("127.0.0.1", port, next(ROOMS))
-    decode.submit(prompt, bootstrap=meeting)
-    prefill.submit(prompt, bootstrap=meeting)
+    room = next(ROOMS)
+    decode.submit(prompt, bootstrap=Bootstrap("127.0.0.1", port, room, "decode"))
+    prefill.submit(prompt, bootstrap=Bootstrap("127.0.0.1", port, room, "prefill"))
 
 
 def answer_of(prefill: Worker, decode: Worker, prompt: list[int], port: int) -> list[float]:
@@ -86,6 +86,42 @@ def test_answers_are_those_of_one_worker(
             assert answer_of(first, second, prompt, port) == answer
         for one in (first, second):
             assert one.ask(CheckIntegrity(1)).ok
+
+
+def test_workers_of_both_parts_hand_over_to_one_another(model: Path, expected: list[Any]) -> None:
+    with (
+        bootstrap_server() as port,
+        bootstrap_server() as other_port,
+        workers(model, "both", port, 2) as (first, _),
+        workers(model, "both", other_port, 3) as (second, _),
+    ):
+        assert answer_of(first, second, PROMPTS[0], port) == expected[0]
+        assert answer_of(second, first, PROMPTS[1], other_port) == expected[1]
+        for one in (first, second):
+            assert one.ask(CheckIntegrity(1)).ok
+
+
+def test_an_abort_ends_the_transfer_on_every_rank(
+    model: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        bootstrap_server() as port,
+        workers(model, "prefill", port, 2) as (prefill, _),
+        workers(model, "decode", port, 3) as (decode, _),
+    ):
+        with monkeypatch.context() as patch:
+            is_held = hold_last_part(prefill.prefill, patch)
+            submit(prefill, decode, PROMPTS[0], port)
+            assert is_held.wait(WAIT_S)
+            decode.tell(Abort("r", "no longer wanted"))
+            ends = [one.outputs()[-1].finish for one in (decode, prefill)]
+        assert [end.type for end in ends if end is not None] == ["abort", "abort"]
+        assert ends[1] is not None and ends[1].error is not None
+        assert "The decode side ended the transfer: no longer wanted" in ends[1].error.message
+        assert answer_of(prefill, decode, PROMPTS[0], port) == expected[0]
+        for one in (prefill, decode):
+            assert one.ask(CheckIntegrity(1)).ok
+            assert one.ask(FlushCache(2)).ok, "no page is held"
 
 
 @pytest.mark.parametrize("victim", ["prefill", "decode"])

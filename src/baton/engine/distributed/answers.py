@@ -18,7 +18,9 @@ Take = Callable[[int, Any], None]
 
 
 def listen(group: LeaderGroup, takers: Mapping[type, Take]) -> None:
-    """`takers`: by type of message. From now on nothing else receives from the followers."""
+    """`takers`: by type of message; none: followers have nothing to say. From now on nothing else receives from them."""
+    if not takers:
+        return
     for rank, connection in group.followers.items():
         threading.Thread(target=_listen, args=(rank, connection, takers), name=f"answers-{rank}", daemon=True).start()
 

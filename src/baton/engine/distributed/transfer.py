@@ -6,6 +6,7 @@ by itself; the scheduler hears of a room what all ranks can stand for (`RoomMerg
 go of them. Which rank exchanges what with whom: `transfer.slices`. Only rank 0 has the first token.
 """
 
+import ipaddress
 import logging
 import queue
 import secrets
@@ -75,13 +76,14 @@ def open_prefill_rank(
     wake: Wake,
 ) -> RankPrefillTransfer:
     """This rank's part of a prefill worker. All ranks call it at the same time; rank 0 registers them all with the bootstrap server of
-    its HTTP process. `host`: where rank 0 listens; the others do at the address by which they reach it.
+    its HTTP process. `host`: where rank 0 listens, and who is on its host; the others do at the address by which they reach it.
 
     Raises `GroupError`, `TransferConfigError`, OSError."""
-    leads = group.rank == 0
+    leads, reached_at = group.rank == 0, group.own_host
+    is_beside = leads or ipaddress.ip_address(reached_at).is_loopback
     bootstrap = split_url(bootstrap_url)
     transfer = RankPrefillTransfer(
-        memory, layout, config, host if leads else group.own_host, own, wake, facing=bootstrap[0], leads=leads
+        memory, layout, config, host if is_beside else reached_at, own, wake, facing=bootstrap[0], leads=leads
     )
     seats = _meet(group, "prefill", _Seat(own, transfer.address))
     if leads:
