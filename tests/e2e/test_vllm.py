@@ -172,15 +172,17 @@ def test_kv_both_servers_hand_over_to_each_other_behind_a_proxy_of_vllms_protoco
     def text(document: dict[str, Any]) -> str:
         return str(document["choices"][0]["message"]["content"])
 
-    def handed_over(prefill: str, decode: str, country: str) -> str:
+    def prefilled(name: str, country: str) -> dict[str, Any]:
         wanted = {"do_remote_decode": True, "do_remote_prefill": False}
-        params = ask(prefill, country, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
-        return text(ask(decode, country, kv_transfer_params=params))
+        return dict(ask(name, country, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"])
+
+    def handed_over(prefill: str, decode: str, country: str) -> str:
+        return text(ask(decode, country, kv_transfer_params=prefilled(prefill, country)))
 
     def info(name: str) -> dict[str, Any]:
         return dict(json.loads(request(urls[name], "GET", "/get_server_info")[1]))
 
-    with started(tmp_path, "a", command("a")), started(tmp_path, "b", command("b")):
+    with started(tmp_path, "a", command("a")) as a, started(tmp_path, "b", command("b")):
         wait_healthy(urls["a"], tmp_path)
         wait_healthy(urls["b"], tmp_path)
         pairs = (("a", "b", "France"), ("b", "a", "Italy"), ("a", "a", "Spain"), ("b", "a", "Japan"))
@@ -201,3 +203,12 @@ def test_kv_both_servers_hand_over_to_each_other_behind_a_proxy_of_vllms_protoco
             assert state["kv_transfer_bootstrap_ms"] > 0, "KV came from the other one"
             assert state["num_transfer_failed_total"] == 0
             assert info(name)["page_ownership"] == "ok"
+        promised = prefilled("a", "Egypt")
+        a.terminate()
+        a_log = tmp_path / "a.log"
+        deadline = time.monotonic() + 20
+        while "promised to decode servers" not in a_log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "Cairo" in text(ask("b", "Egypt", kv_transfer_params=promised)), "it keeps its word before it ends"
+        assert a.wait(20) == 0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from baton.engine import launch
 from baton.engine.args import EngineArgs, engine_args, parse_engine_args, public_args, start_notes
 from baton.engine.flags import FlagError, flags_of
 
@@ -227,6 +228,11 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tp-size, --tp, --tensor-parallel-size INT" in text
     assert "[default: fcfs]" in text
     assert "(no effect: no code from a model directory is ever run)" in text
+
+
+def test_a_worker_of_both_parts_needs_requests_that_say_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--model-path", "m", "--disaggregation-mode", "both"]) == 2
+    assert "--disaggregation-mode both is for `vllm serve`" in capsys.readouterr().err
 
 
 def test_the_api_key_is_not_shown() -> None:

@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Run one worker until a signal or its rank's end. Returns the exit status; flag errors exit with 2."""
     args = parse_engine_args(argv)
+    if args.disaggregation_mode == "both":
+        sys.stderr.write(
+            "baton engine: --disaggregation-mode both is for `vllm serve`, whose requests say which half they want\n"
+        )
+        return 2
     start_logging(name_of_worker(args), args.log_level)
     try:
         return run_worker(args, argv) if args.node_rank == 0 else run_node(args, argv)

@@ -14,7 +14,7 @@ def name_of_worker(args: EngineArgs) -> str:
     """The process that users see: "worker", "prefill", "decode"; "node1" where rank 0 is elsewhere."""
     if args.node_rank:
         return f"node{args.node_rank}"
-    return "worker" if args.disaggregation_mode == "null" else args.disaggregation_mode
+    return "worker" if args.disaggregation_mode in ("null", "both") else args.disaggregation_mode
 
 
 def name_of_rank(args: EngineArgs, rank: int) -> str:

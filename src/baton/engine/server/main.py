@@ -252,11 +252,20 @@ class Worker:
             beats = group.create_task(ctx.engines.watch_beats(), name="beats")
             warm_up = group.create_task(self._warm_up(ctx, server), name="warm-up")
             await server.serve([self._http_socket])
+            await self._finish_early_answered(ctx)
             await self._drain_store(ctx)
             watchdog.cancel()
             beats.cancel()
             warm_up.cancel()
         return 1 if ctx.engines.lost_reason is not None else 0
+
+    async def _finish_early_answered(self, ctx: ServerContext) -> None:
+        """Who was sent to a decode server has an answer, but not yet its KV. Bounded: the rest ends before the drain does."""
+        if ctx.background:
+            logger.info(
+                "stopping when what was promised to decode servers is handed over requests=%d", len(ctx.background)
+            )
+            await asyncio.wait(ctx.background, timeout=DRAIN_TIMEOUT_S)
 
     async def _drain_store(self, ctx: ServerContext) -> None:
         """Let the ranks finish their writes to the store before they end."""
@@ -285,7 +294,8 @@ class Worker:
         if self._ctx is not None:
             self._ctx.is_stopping = True
             reason = "the worker was told to stop, and this request ran longer than it may wait"
-            asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S - LAST_WORDS_S, self._ctx.engines.end_all, reason)
+            delay_s = 0.0 if is_second else DRAIN_TIMEOUT_S - LAST_WORDS_S
+            asyncio.get_running_loop().call_later(delay_s, self._ctx.engines.end_all, reason)
         for server in self._servers:
             server.stop()
             server.force_exit = is_second
