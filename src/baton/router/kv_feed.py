@@ -164,7 +164,9 @@ def source_of(info: Any, worker: Worker) -> KvSource | None:
     if told.publisher != "zmq":
         return None
     if info.get("dp_size") not in (None, 1):
-        raise ValueError("a worker of several data-parallel engines has several caches; only one is followed")
+        raise ValueError(
+            f"its {info['dp_size']} data-parallel engines have a cache each, and these are not followed; what was sent to it counts as cached"
+        )
     host = worker.bootstrap_host
     replay = None if told.replay_endpoint is None else _dialled(told.replay_endpoint, host)
     return KvSource(_dialled(told.endpoint, host), replay, told.topic)
