@@ -1,5 +1,6 @@
 """Stages of a pipeline, one after the other in this process, give the logits of one stage; layers are dealt out by weight."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from baton.engine.errors import ModelError
 from baton.engine.kernels.native import load_kernels
 from baton.engine.models.decoder import Decoder, TorchDecoder
 from baton.engine.models.decoder_cpu import CpuDecoder
+from baton.engine.models.parameters import own_tensors
 from baton.engine.models.shard import Shard, local_sizes
 from baton.engine.models.stages import Stage, plan_stages
+from baton.engine.weights.loader import open_weights
+from baton.engine.weights.names import expected_tensors
 
 STEPS = [[Query(0, 0, 40)], [Query(1, 0, 9), Query(0, 40, 41)], [Query(0, 41, 42), Query(1, 9, 10)]]
 
@@ -98,6 +102,22 @@ def test_stages_together_are_one_model(
                 assert torch.equal(ours, theirs), "the kernels' bits do not depend on the number of stages"
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_stage_reads_its_own_tensors_only(tmp_path: Path, load_format: str) -> None:
+    model = hf_model("qwen3-moe", num_hidden_layers=4, mlp_only_layers=[1])
+    model.save_pretrained(tmp_path)
+    config = baton_config(model)
+    borders = plan_stages(config, 3, {})
+    read: list[str] = []
+    for index in range(3):
+        own = own_tensors(config, Shard(stage=Stage(index, borders)))
+        found = [name for name, _ in open_weights(tmp_path, load_format, config, wanted=own)]
+        assert sorted(found) == sorted(own)
+        read += found
+        assert ("lm_head.weight" in own) == (index == 0)
+    assert sorted(read) == sorted(expected_tensors(config))
+
+
 def test_the_head_counts_when_layers_are_dealt_out() -> None:
     config = baton_config(hf_model("llama", num_hidden_layers=8, vocab_size=256))
     layer = sum(one.numel() for name, one in hf_model("llama").named_parameters() if ".layers.0." in name)
@@ -117,6 +137,8 @@ def test_a_partition_decides() -> None:
     assert plan_stages(config, 3, {"SGLANG_PP_LAYER_PARTITION": "2, 5,1"}) == (0, 2, 7, 8)
     assert plan_stages(config, 2, {"VLLM_PP_LAYER_PARTITION": "3,5"}) == (0, 3, 8)
     assert plan_stages(config, 1, {"SGLANG_PP_LAYER_PARTITION": "2,5,1"}) == (0, 8), "there are no stages"
+    merged = plan_stages(config, 2, {"SGLANG_PP_LAYER_PARTITION": "1,2,4,1"}, num_asked=4)
+    assert merged == (0, 3, 8), "fewer stages run than were asked for"
 
 
 @pytest.mark.parametrize("text", ["4,4", "4,4,1", "8,0,0", "a,4,4", "9,-1,0", ","])

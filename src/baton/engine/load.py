@@ -97,7 +97,7 @@ def load_model(args: EngineArgs, device: torch.device, group: Group | None = Non
         given = (args.tp_size, config.num_heads)
         logger.warning("--tp-size %d is served here, but not on GPUs: the model has %d query heads", *given)
     ep_size = choose_ep_size(args.ep_size, device, topology.tp_size)
-    borders = plan_stages(config, topology.pp_size, os.environ)
+    borders = plan_stages(config, topology.pp_size, os.environ, topology.asked_pp)
     stage = None if topology.pp_size == 1 else Stage(topology.stage, borders)
     in_c = computes_in_c(args.own_attention_backend, config, dtype, device, topology.tp_size, ep_size)
     layers = range(config.num_layers) if stage is None else stage.layers

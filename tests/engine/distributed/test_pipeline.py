@@ -9,6 +9,8 @@ from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.models import hf_model
 from tests.fakes.rank_group import PAGE_SIZE, WAIT_S, RankGroup, generate, random_prompts, single
 
+from baton.engine.args import engine_args
+from baton.engine.assemble import max_running_requests
 from baton.engine.batch import ForwardBatch, PromptLogprobsRow, SampleRow
 from baton.engine.distributed.connect import COLLECTIVE
 from baton.engine.kernels.native import load_kernels
@@ -82,6 +84,16 @@ def next_step(sequences: PagedSequences, seq: int, step: int) -> ForwardBatch:
     sampling = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
     sample = SampleRow(0, sampling, length, 0, PROMPTS[seq], [], return_logprob=True)
     return sequences.batch([Query(seq, 0 if step == 0 else length - 1, length)], samples=[sample])
+
+
+@pytest.mark.parametrize(
+    ("flags", "depth", "expected"),
+    [("--pp-max-micro-batch-size 3", 2, 6), ("--max-micro-batch-size 3 --max-running-requests 5", 2, 5),
+     ("--pp-max-micro-batch-size 3", 1, 256), ("--max-running-requests 7", 4, 7)],
+)  # fmt: skip
+def test_a_bound_of_micro_batches_bounds_what_runs(flags: str, depth: int, expected: int) -> None:
+    """Those that decode are spread over `depth` steps."""
+    assert max_running_requests(engine_args(["--model", "m", *flags.split()]), depth) == expected
 
 
 def prompt_batch(prompt: list[int]) -> ForwardBatch:

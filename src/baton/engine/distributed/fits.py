@@ -27,7 +27,7 @@ def need_fit(args: EngineArgs, config: ModelConfig, topology: Topology, environ:
         raise ModelError(f"--ep-size {args.ep_size}: this {config.architecture} has no experts; leave the flag out.")
     if experts is not None and args.ep_size > experts.num_experts:
         raise ModelError(f"--ep-size {args.ep_size}: the model has {experts.num_experts} experts.")
-    plan_stages(config, topology.pp_size, environ)
+    plan_stages(config, topology.pp_size, environ, topology.asked_pp)
 
 
 def need_fit_of_model(args: EngineArgs, path: Path, environ: Mapping[str, str]) -> None:

@@ -42,16 +42,20 @@ class Stage:
         return self.index == self.size - 1
 
 
-def plan_stages(config: ModelConfig, num_stages: int, environ: Mapping[str, str]) -> tuple[int, ...]:
+def plan_stages(
+    config: ModelConfig, num_stages: int, environ: Mapping[str, str], num_asked: int | None = None
+) -> tuple[int, ...]:
     """`Stage.borders`: as PARTITIONS says, or so that the largest stage reads as few bytes of weights as possible.
 
-    Raises `ModelError` for more stages than layers, and for a partition that does not fit.
+    `num_asked`: --pp-size where fewer stages run, a divisor of it: each then has the layers of several that were asked for. Raises `ModelError` for more stages than layers, and for a partition that does not fit.
     """
     if num_stages > config.num_layers:
         raise ModelError(f"--pp-size {num_stages}: the model has {config.num_layers} layers, and a stage at least one.")
     given = next((name for name in PARTITIONS if environ.get(name)), None)
     if given is not None and num_stages > 1:
-        return _borders(_parse(given, environ[given], num_stages, config.num_layers))
+        counts = _parse(given, environ[given], num_asked or num_stages, config.num_layers)
+        merged = len(counts) // num_stages
+        return _borders([sum(counts[first : first + merged]) for first in range(0, len(counts), merged)])
     costs = _layer_costs(config)
     head = config.vocab_size * config.hidden_size
     low, high = max(costs), sum(costs) + head
@@ -61,9 +65,9 @@ def plan_stages(config: ModelConfig, num_stages: int, environ: Mapping[str, str]
             low = bound + 1
         else:
             high = bound
-    counts = _fill(costs, head, num_stages, low)
-    assert counts is not None, "a stage may be as large as the model"
-    return _borders(counts)
+    filled = _fill(costs, head, num_stages, low)
+    assert filled is not None, "a stage may be as large as the model"
+    return _borders(filled)
 
 
 def _borders(counts: list[int]) -> tuple[int, ...]:
@@ -74,11 +78,12 @@ def _borders(counts: list[int]) -> tuple[int, ...]:
 
 
 def _parse(name: str, text: str, num_stages: int, num_layers: int) -> list[int]:
+    """Layers of each stage."""
     parts = [part.strip() for part in text.split(",")]
     counts = [int(part) if part.isdecimal() else 0 for part in parts]
     if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
         raise ModelError(
-            f"{name} must be {num_stages} numbers of at least 1, one for each stage, with a sum of {num_layers}, "
+            f"{name} must be {num_stages} numbers of at least 1, one for each of --pp-size stages, with a sum of {num_layers}, "
             f"the model's layers; got {text!r}."
         )
     return counts
