@@ -57,7 +57,11 @@ def test_manifests_commands_are_understood() -> None:
         ),
         (
             '--dp 9 --kv-events-config {"publisher":"zmq","endpoint":"tcp://*:65530"}',
-            "--kv-events-config: port 65530 and the 8 behind it",
+            "--kv-events-config: port 65530 (--dp-rank counts up) and the 8 behind it",
+        ),
+        (
+            '--dp-rank 9 --kv-events-config {"publisher":"zmq","endpoint":"tcp://*:65530"}',
+            "--kv-events-config: port 65539 (--dp-rank",
         ),
         ("--ep 2", "--ep-size 2 must divide --tp-size 1"),
     ],

@@ -264,19 +264,16 @@ def _refusals(args: EngineArgs) -> list[str]:
 
 
 def _dp_refusals(args: EngineArgs) -> list[str]:
-    if args.dp_size == 1:
-        return []
+    problems = []
     if args.enable_dp_attention:
         if args.tp_size % args.dp_size:
-            return [f"--dp-size {args.dp_size} must divide --tp-size {args.tp_size} with --enable-dp-attention"]
-        return []
-    problems = []
-    if args.nnodes > 1:
+            problems.append(f"--dp-size {args.dp_size} must divide --tp-size {args.tp_size} with --enable-dp-attention")
+    elif args.dp_size > 1 and args.nnodes > 1:
         problems.append(
             f"--dp-size {args.dp_size} with --nnodes {args.nnodes}: the engines of a worker are on one host, unless "
             "--enable-dp-attention makes them one; start a worker on each host, and a router in front"
         )
-    if args.load_balance_method == "follow_bootstrap_room" and args.disaggregation_mode == "null":
+    if args.dp_size > 1 and args.load_balance_method == "follow_bootstrap_room" and args.disaggregation_mode == "null":
         problems.append("--load-balance-method follow_bootstrap_room needs --disaggregation-mode prefill or decode")
     with contextlib.suppress(ValueError):  # `_refusals` says what is wrong with it
         problems += [] if args.kv_events is None else _event_port_refusals(args, args.kv_events)
@@ -287,11 +284,12 @@ def _event_port_refusals(args: EngineArgs, events: KvEventsConfig) -> list[str]:
     """Every engine counts up from the ports that are given."""
     given = (events.endpoint or f"tcp://*:{DEFAULT_PORT}", events.replay_endpoint)
     ports = [split_endpoint(one)[1] + args.dp_rank for one in given if one is not None]
-    if max(ports) + args.dp_size > 65536:
+    num_engines = 1 if args.enable_dp_attention else args.dp_size
+    if max(ports) + num_engines > 65536:
         return [
-            f"--kv-events-config: port {max(ports)} and the {args.dp_size - 1} behind it (--dp-size) are not all ports"
+            f"--kv-events-config: port {max(ports)} (--dp-rank counts up) and the {num_engines - 1} behind it (--dp-size) are not all ports"
         ]
-    if len(ports) == 2 and abs(ports[0] - ports[1]) < args.dp_size:
+    if len(ports) == 2 and abs(ports[0] - ports[1]) < num_engines:
         return [
             f"--kv-events-config: endpoint and replay_endpoint must be --dp-size {args.dp_size} ports apart, since every "
             f"engine counts up from both; got {ports[0]} and {ports[1]}"

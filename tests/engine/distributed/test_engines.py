@@ -35,7 +35,8 @@ def test_engines_of_a_cpu_host_share_its_cores() -> None:
     forced = {RANKS_PER_HOST: "4"}
     assert [one.environ for one in plan("--dp 2 --tp 2", "cpu", **forced).engines] == [{THREADS: "4"}] * 2
     assert plan("--dp 4", "cpu", num_cores=2, **forced).engines[0].environ == {THREADS: "1"}
-    assert plan("--dp 2", "cpu", **forced, **{THREADS: "6"}).engines[1].environ == {THREADS: "3"}
+    assert plan("--dp 2", "cpu", **forced, **{THREADS: "6"}).engines[1].environ == {THREADS: "6"}
+    assert plan("--dp 2", "cpu", **forced, **{THREADS: "16"}).engines[1].environ == {THREADS: "8"}
     assert plan("--dp 1", "cpu", **forced).engines[0].environ == {}
 
 

@@ -58,7 +58,8 @@ def plan_engines(
         note = _note(args, num_engines)
     threads = {}
     if num_engines > 1 and device == "cpu":
-        threads = {THREADS: str(max(1, min(num_cores, _given_threads(environ) or num_cores) // (num_engines * ranks)))}
+        share = max(1, num_cores // (num_engines * ranks))
+        threads = {THREADS: str(min(share, _given_threads(environ) or share))}
     engines = [
         EnginePlan(args.dp_rank + index, threads | _own_gpus(args, device, environ, index, ranks, num_gpus))
         for index in range(num_engines)

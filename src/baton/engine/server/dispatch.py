@@ -147,35 +147,23 @@ class Dispatcher:
     follows_room: bool = False
     """SGLang's rule: the engine is the request's bootstrap room modulo the number of engines."""
     mode: Mode = "null"
-    """A prefill must follow its room: the decode side computes from it which engine it meets."""
+    """A prefill must follow its room, whatever the request asks for: the decode side computes from it which engine it meets."""
     first_dp_rank: int = 0
     """The number of the first engine (see `EngineArgs.dp_group`)."""
 
     def dispatch(self, submits: Sequence[Submit], loads: list[EngineLoad], dp_rank: int | None) -> list[int]:
         """The engine's index for each of `submits`. `dp_rank`: the one that the request asks for.
 
-        `loads` are counted up as sequences are given out. Raises `RequestError` (400) for an engine that there is not, or that cannot
-        be had.
+        `loads` are counted up as sequences are given out. Raises `RequestError` (400) for an engine that there is not.
         """
-        count = len(loads)
-        if dp_rank is not None and not 0 <= dp_rank < count:
-            raise bad_request(f"data_parallel_rank must be in [0, {count}), got {dp_rank}.", "data_parallel_rank")
         found: list[int] = []
         for position, submit in enumerate(submits):
-            must_follow = part_of(self.mode, submit.bootstrap) == "prefill"
-            room = _room_of(submit) if self.follows_room or must_follow else None
-            of_room = None if room is None else (room - self.first_dp_rank) % count
-            if must_follow and of_room is not None and dp_rank not in (None, of_room):
-                raise bad_request(
-                    f"data_parallel_rank {dp_rank} cannot be had: bootstrap_room picks the engine of a prefill, here {of_room} "
-                    f"of {count}.",
-                    "data_parallel_rank",
-                )
-            if dp_rank is not None:
-                chosen = dp_rank
-            elif of_room is not None:
+            before = submits[position - 1] if position else None
+            if (of_room := self._by_room(submit, len(loads), asks_for_another=dp_rank is not None)) is not None:
                 chosen = of_room
-            elif position and submits[position - 1].input_ids is submit.input_ids:
+            elif dp_rank is not None:
+                chosen = _existing(dp_rank, len(loads))
+            elif before is not None and before.input_ids is submit.input_ids:
                 chosen = found[-1]
             else:
                 chosen = self.balancer.choose(submit, loads)
@@ -184,11 +172,21 @@ class Dispatcher:
             loads[chosen].num_tokens += len(submit.input_ids)
         return found
 
+    def _by_room(self, submit: Submit, num_engines: int, *, asks_for_another: bool) -> int | None:
+        """The engine that the request's room means; None: it decides nothing here."""
+        bootstrap = submit.bootstrap
+        if bootstrap is None or bootstrap.host == FAKE_BOOTSTRAP_HOST:
+            return None
+        must_follow = part_of(self.mode, bootstrap) == "prefill"
+        if not must_follow and (asks_for_another or not self.follows_room):
+            return None
+        return (bootstrap.room - self.first_dp_rank) % num_engines
 
-def _room_of(submit: Submit) -> int | None:
-    """Where its other half meets it; None: nowhere."""
-    bootstrap = submit.bootstrap
-    return None if bootstrap is None or bootstrap.host == FAKE_BOOTSTRAP_HOST else bootstrap.room
+
+def _existing(dp_rank: int, num_engines: int) -> int:
+    if not 0 <= dp_rank < num_engines:
+        raise bad_request(f"data_parallel_rank must be in [0, {num_engines}), got {dp_rank}.", "data_parallel_rank")
+    return dp_rank
 
 
 def dispatcher_of(args: EngineArgs, ready: Ready) -> Dispatcher:

@@ -63,10 +63,8 @@ class Engines:
         *,
         stream_interval: int | None,
         dp_rank: int | None = None,
-        is_measured: bool = True,
     ) -> Job:
-        """Start every sequence of one HTTP request (None: that choice ended before a resume). `dp_rank`: on this engine. Metrics
-        leave out what is not measured: requests this worker makes itself.
+        """Start every sequence of one HTTP request (None: that choice ended before a resume). `dp_rank`: on this engine.
 
         Raises `RequestError`: an engine is gone (503), id in use, no such engine (400).
         """
@@ -75,13 +73,13 @@ class Engines:
         loads = [EngineLoad(one.num_in_flight, one.num_tokens) for one in self.clients]
         chosen = self._dispatcher.dispatch([one for _, one in given], loads, dp_rank)
         generations = [
-            self.clients[engine].generation_of(one, index, is_measured=is_measured)
+            self.clients[engine].generation_of(one, index, is_measured=True)
             for (index, one), engine in zip(given, chosen, strict=True)
         ]
         return self._begin(generations, stream_interval)
 
     def submit_to_each(self, submits: Sequence[Submit]) -> Job:
-        """One sequence for each engine, in their order: requests this worker makes itself. Raises as `submit`."""
+        """One sequence for each engine, in their order: requests this worker makes itself, which metrics leave out. Raises as `submit`."""
         self._check(submits)
         generations = [
             client.generation_of(one, index, is_measured=False)
