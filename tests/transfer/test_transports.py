@@ -10,7 +10,7 @@ from tests.fakes.transfer_pair import FIRST_TOKEN, PAGE_BYTES, Pair, open_pair
 from baton.protocol.errors import RequestError
 from baton.transfer import prefill_session
 from baton.transfer.base import Bootstrapped, DecodeTransfer, Failed, FirstToken, PrefillTransfer, Received, Sent
-from baton.transfer.pages import sum_pages
+from baton.transfer.pages import checksum_pages, sum_pages
 
 REAL = ("shm", "tcp")
 
@@ -175,13 +175,17 @@ def test_after_its_end_an_aborted_room_touches_no_page(bootstrap_port: int) -> N
 def test_a_damaged_page_fails_its_room_and_no_other(real_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = real_pair
 
-    def damaging(pages: Any, page_ids: Sequence[int], stopped: Any) -> Any:
-        summed = sum_pages(pages, page_ids, stopped)
-        if 9 in page_ids:
-            pair.source.array[9, 4000] ^= 1
-        return summed
+    def damaging(work: Any) -> Any:
+        def sum_first(pages: Any, page_ids: Sequence[int], stopped: Any) -> Any:
+            summed = work(pages, page_ids, stopped)
+            if 9 in page_ids:
+                pair.source.array[9, 4000] ^= 1
+            return summed
 
-    monkeypatch.setattr(prefill_session, "sum_pages", damaging)
+        return sum_first
+
+    for work in (checksum_pages, sum_pages):
+        monkeypatch.setattr(prefill_session, work.__name__, damaging(work))
     pair.begin(1, [0, 1, 2])
     pair.begin(2, [3])
     pair.prefill.transfer.send(1, 0, [8, 9, 10], FIRST_TOKEN)
@@ -224,6 +228,7 @@ def test_a_bug_on_the_copy_thread_costs_one_room(real_pair: Pair, monkeypatch: p
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
+        patch.setattr(prefill_session, "checksum_pages", broken)
         patch.setattr(prefill_session, "sum_pages", broken)
         real_pair.begin(1, [0])
         real_pair.prefill.transfer.send(1, 0, [0], FIRST_TOKEN)

@@ -10,8 +10,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from baton.transfer.base import PageLayout
 from baton.transfer.config import TransferConfig
@@ -36,7 +39,7 @@ from baton.transfer.frames import (
     layout_mismatch,
 )  # fmt: skip
 from baton.transfer.heartbeat import Heartbeat
-from baton.transfer.pages import Pages, SummedPage, sum_pages
+from baton.transfer.pages import Pages, Stopped, checksum_pages, sum_pages
 from baton.transfer.prefill_rooms import PrefillRooms, SendJob
 from baton.transfer.shm import ShmServer
 from baton.transfer.slices import Slice, part_of_pages, slice_bytes
@@ -45,6 +48,7 @@ from baton.transfer.timers import Timers
 from baton.transfer.wire import Wire
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _NUM_GROUPS_AHEAD = 2
 """Groups of pages being summed while the one before them is handed over."""
@@ -222,24 +226,31 @@ class PrefillSession:
 
     async def _hand_over(self, job: SendJob) -> None:
         """Returns early when the room is given up; at most one page is sent after that."""
-        assert self._wire is not None
         state = job.room
         if self._part_bytes:
-            async with aclosing(self._summed(job)) as groups:
-                async for first_idx, page_ids, pages in groups:
-                    if self._mode == "shm":
-                        sums = [page.checksum for page in pages]
-                        self._send(Chunk(state.transfer_id, first_idx, list(page_ids), sums))
-                        state.num_bytes += len(page_ids) * self._part_bytes
-                        continue
-                    for page_idx, page in enumerate(pages, first_idx):
-                        if state.failure is not None:
-                            return
-                        await self._wire.send_page(Page(state.transfer_id, page_idx, page.checksum), page.body.data)
-                        state.num_bytes += self._part_bytes
+            await (self._announce(job) if self._mode == "shm" else self._send_pages(job))
         if job.first_token is not None and state.failure is None:
             token = job.first_token if self._sends_token else None
             self._send_last(Last(state.transfer_id, state.num_pages if self._part_bytes else 0, token))
+
+    async def _announce(self, job: SendJob) -> None:
+        """Shared memory: the decode side copies the pages itself."""
+        state = job.room
+        async with aclosing(self._ahead(job, checksum_pages)) as groups:
+            async for first_idx, page_ids, sums in groups:
+                self._send(Chunk(state.transfer_id, first_idx, list(page_ids), sums))
+                state.num_bytes += len(page_ids) * self._part_bytes
+
+    async def _send_pages(self, job: SendJob) -> None:
+        assert self._wire is not None
+        state = job.room
+        async with aclosing(self._ahead(job, sum_pages)) as groups:
+            async for first_idx, _, pages in groups:
+                for page_idx, page in enumerate(pages, first_idx):
+                    if state.failure is not None:
+                        return
+                    await self._wire.send_page(Page(state.transfer_id, page_idx, page.checksum), page.body.data)
+                    state.num_bytes += self._part_bytes
 
     def _send_last(self, last: Last) -> None:
         num_bytes = len(msgspec.msgpack.encode(last))
@@ -248,26 +259,28 @@ class PrefillSession:
             raise TransferError(f"metadata of {num_bytes} bytes (log-probabilities) is over the limit of {limit}")
         self._send(last)
 
-    async def _summed(self, job: SendJob) -> AsyncGenerator[tuple[int, Sequence[int], list[SummedPage]], None]:
-        """Groups of pages (first index, ids, pages), summed ahead on the copy thread. Ends early when the room is
-        given up. When it is closed, no summing goes on."""
+    async def _ahead(
+        self, job: SendJob, work: Callable[[NDArray[np.uint8], Sequence[int], Stopped], list[T] | None]
+    ) -> AsyncGenerator[tuple[int, Sequence[int], list[T]], None]:
+        """Groups of pages (first index, ids, what `work` makes of them), worked on ahead on the copy thread. Ends early when the room is
+        given up. When it is closed, no work goes on."""
         state = job.room
         groups = _groups(len(job.page_ids), max(1, self._context.config.chunk_bytes // self._part_bytes))
-        ahead: deque[tuple[int, Sequence[int], asyncio.Future[list[SummedPage] | None]]] = deque()
+        ahead: deque[tuple[int, Sequence[int], asyncio.Future[list[T] | None]]] = deque()
         try:
             while True:
                 while len(ahead) <= _NUM_GROUPS_AHEAD and (group := next(groups, None)) is not None:
                     page_ids = job.page_ids[group]
-                    work = partial(sum_pages, self._part, page_ids, lambda: state.failure is not None)
-                    ahead.append((job.first_page_idx + group.start, page_ids, self._context.thread.copy(work)))
+                    call = partial(work, self._part, page_ids, lambda: state.failure is not None)
+                    ahead.append((job.first_page_idx + group.start, page_ids, self._context.thread.copy(call)))
                 if not ahead:
                     return
                 first_idx, page_ids, future = ahead[0]
-                pages = await future
+                results = await future
                 ahead.popleft()
-                if pages is None:
+                if results is None:
                     return
-                yield first_idx, page_ids, pages
+                yield first_idx, page_ids, results
         finally:
             if ahead:
                 await asyncio.wait([future for _, _, future in ahead])
