@@ -186,9 +186,11 @@ def choose_host_pages(args: EngineArgs, num_pages: int, page_bytes: int) -> int:
             f"{flag}: a host tier of {host_pages} pages is no larger than the device's {num_pages}, and would hold nothing "
             "that the device does not; raise it, or lower --max-total-tokens."
         )
+    # Memory is taken when it is touched: what the other engines of this host have promised to theirs still counts as free.
     needed, available = host_pages * page_bytes, free_memory_bytes()
-    if needed > available:
+    if needed * args.dp_size > available:
+        times = "" if args.dp_size == 1 else f" for each of {args.dp_size} engines"
         raise ModelError(
-            f"{flag}: a host tier of {needed / 1e9:.1f} GB does not fit; {available / 1e9:.1f} GB are free."
+            f"{flag}: a host tier of {needed / 1e9:.1f} GB{times} does not fit; {available / 1e9:.1f} GB are free."
         )
     return max(1, host_pages)
