@@ -290,7 +290,7 @@ TestScheduler.settings = settings(max_examples=25, stateful_step_count=25, deadl
 TestPair = PairMachine.TestCase
 TestPair.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestBoth = BothMachine.TestCase
-TestBoth.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestBoth.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.slow
