@@ -54,7 +54,7 @@ def rank(address: ChannelAddress, channel: ServerChannel) -> Iterator[subprocess
     with process.stdout as words:
         assert words.readline() == b"beats\n"
         yield process
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)  # Popen takes a tracee's stop for its end, and would not
     process.wait(WAIT_S)
 
 
