@@ -4,13 +4,14 @@ import contextlib
 import socket
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 from tests.fakes.raw_peer import RawPeer, RawPrefill
 from tests.fakes.timers import ManualClock
 from tests.fakes.transfer_pair import FIRST_TOKEN, PAGE_BYTES, Pair, open_pair, page_layout
 
-from baton.transfer.base import Bootstrapped, Failed, Received, Sent
+from baton.transfer.base import Bootstrapped, Failed, PageLayout, Received, Sent
 from baton.transfer.frames import (
     PROTOCOL_VERSION,
     Ack,
@@ -27,6 +28,7 @@ from baton.transfer.frames import (
     encode,
 )
 from baton.transfer.pages import checksum
+from baton.transfer.slices import Slice
 
 HELLO = Hello(PROTOCOL_VERSION, "raw", page_layout())
 
@@ -276,15 +278,33 @@ def test_another_layout_is_refused_by_its_field(bootstrap_port: int, backend: st
         assert "KV page layout differs in dtype: prefill has 'bfloat16', decode has 'float16'" in message
 
 
-def test_another_protocol_version_is_refused(bootstrap_port: int) -> None:
+class FirstHello(msgspec.Struct, tag="hello", frozen=True):
+    """As version 1 had it."""
+
+    version: int
+    name: str
+    layout: PageLayout
+
+
+@pytest.mark.parametrize(
+    ("hello", "field"),
+    [
+        (Hello(99, "raw", page_layout()), "version"),
+        (FirstHello(1, "raw", page_layout()), "version"),
+        (Hello(PROTOCOL_VERSION, "raw", page_layout(), Slice((0, 3), (0, 2))), "part"),
+        (Hello(PROTOCOL_VERSION, "raw", page_layout(), Slice((0, 2), (-1, 1))), "part"),
+        (Hello(PROTOCOL_VERSION, "raw", page_layout(), num_takers=0), "num_takers"),
+    ],
+)
+def test_a_hello_that_does_not_fit_is_refused_by_its_field(bootstrap_port: int, hello: Hello, field: str) -> None:
     with (
         open_pair("tcp", bootstrap_port) as pair,
         RawPeer(socket.create_connection(pair.prefill.transfer.address)) as raw,
     ):
-        raw.send(Hello(99, "raw", page_layout()))
+        raw.send(hello)
         refusal = raw.read()
         assert isinstance(refusal, Refuse)
-        assert refusal.field == "version"
+        assert refusal.field == field
         assert raw.closed_by_peer()
 
 

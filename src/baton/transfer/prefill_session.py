@@ -77,10 +77,10 @@ class PrefillSession:
 
     def __init__(self, context: PrefillContext, name: str, on_closed: "Callable[[PrefillSession], None]") -> None:
         self.name = name
-        self.worker, self.num_takers = "", 1  # Until the hello.
-        self._sends_token = context.leads
+        self.worker, self.num_takers = "", 1  # These and the part: until the hello.
+        self._sends_token = False
         self._part = part_of_pages(context.pages.array, context.layout, context.own, context.own)
-        """[num_pages, l, 2, k, H]: what of each page this session carries."""
+        """[num_pages, l, 2, k, H]: what of each page this session carries, if `_part_bytes` is not 0."""
         self._part_bytes = context.pages.page_bytes
         self._context = context
         self._on_closed = on_closed

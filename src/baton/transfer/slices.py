@@ -73,8 +73,8 @@ class Link:
 def plan_links(sources: Sequence[Slice], targets: Sequence[Slice]) -> list[Link]:
     """Who sends what so that every target has its slice, each byte of it from one source; ordered by target, then source.
 
-    Replicas (ranks with equal slices) share the work to within a layer. Every source has a link, and 0 and 0 have one, if need be of `NOTHING`: each source is told
-    of every room, and the first token travels between the leading ranks.
+    Replicas (ranks with equal slices) share the work to within a layer. Every source has a link, and 0 and 0 have one, if need be of
+    `NOTHING`: each source is told of every room, and the first token travels between the leading ranks.
     """
     links = [
         link for holders in _replicas(sources) for takers in _replicas(targets)
