@@ -72,9 +72,6 @@ class Rooms:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __contains__(self, room: int) -> bool:
-        return room in self._requests
-
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
 
