@@ -117,9 +117,8 @@ class DecodeRoute:
             await session.connect(_reachable(rank, self.address[0]))
         if self._closed:
             return
-        check_whole(
-            sources, context.hello.layout
-        )  # After the hellos: other models are refused by the field that differs.
+        # After the hellos, which refuse another model by the field that differs.
+        check_whole(sources, context.hello.layout)
         self._is_connected = True
         for state in self.take_waiting():
             context.rooms.connected(state, self._sessions)
