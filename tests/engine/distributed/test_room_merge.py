@@ -3,7 +3,7 @@
 import pytest
 
 from baton.engine.distributed.control import GroupError
-from baton.engine.distributed.transfer import RoomMerge
+from baton.engine.distributed.room_merge import RoomMerge
 from baton.protocol.errors import ErrorInfo
 from baton.transfer.base import NO_TOKEN, Bootstrapped, Event, Failed, FirstToken, Received, Sent
 
