@@ -178,11 +178,10 @@ async def test_attach_and_follow_end_with_the_container(bed: NodeBed) -> None:
     assert bed.agent is not None
     connector = bed.agent.connector
     session = await connector.attach("default", "talks", "main", stdin=False, tty=False)
-    attached = asyncio.create_task(_collect(session))
     following = asyncio.create_task(bed.log("talks", follow=True))
     await run_in(bed, "talks", "touch", "/scratch/go")
     assert await asyncio.wait_for(following, 20) == "one\ntwo\n"
-    assert (await asyncio.wait_for(attached, 20)).endswith(b"two\n")
+    assert await asyncio.wait_for(_collect(session), 20) == b"two\n", "what it said before anyone listened too"
     with pytest.raises(NodeError, match='previous terminated container "main"'):
         [part async for part in connector.logs("default", "talks", "main", LogOptions(previous=True))]
 

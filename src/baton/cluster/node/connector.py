@@ -46,7 +46,8 @@ class AgentConnector:
             )
         ) as chunks:  # fmt: skip
             async for chunk in chunks:
-                yield chunk
+                if chunk:
+                    yield chunk
 
     async def exec(
         self, namespace: str, pod: str, container: str, command: list[str], *, stdin: bool, tty: bool
@@ -68,7 +69,9 @@ class AgentConnector:
             raise NodeError(f"container {container} is not running")
         process = one.process
         options = LogOptions(follow=True, tail_lines=0)
-        return AttachSession(logs.read(one.log_file(), options, is_over=lambda: process.exit is not None))
+        chunks = logs.read(one.log_file(), options, is_over=lambda: process.exit is not None)
+        await anext(chunks, b"")  # from here on; nothing that comes before somebody listens is lost
+        return AttachSession(chunks)
 
     async def connect(self, namespace: str, pod: str, port: int) -> tuple[StreamReader, StreamWriter]:
         worker = self._find(namespace, pod)

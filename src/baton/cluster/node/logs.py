@@ -120,7 +120,8 @@ def _rotated_lines(path: Path) -> Iterator[Line]:
 async def read(
     path: Path, options: LogOptions, *, is_over: Callable[[], bool], now: Callable[[], float] = time.time
 ) -> AsyncGenerator[bytes, None]:
-    """The log as bytes. With `follow` it goes on until `is_over()` and everything written was told."""
+    """The log as bytes. The first chunk, which may be empty, is what is there already; with `follow` it goes on until `is_over()` and
+    everything written was told."""
     if not path.exists():
         return
     earliest = None if options.since_s is None else now() - options.since_s
@@ -128,13 +129,15 @@ async def read(
     left = options.limit_bytes
     try:
         batch = await asyncio.to_thread(_backlog, path, tail, options, earliest)
+        is_first = True
         while True:
             out = b"".join(line.shown(options.timestamps) for line in batch)
             if left is not None:
                 out = out[:left]
                 left -= len(out)
-            if out:
+            if out or is_first:
                 yield out
+            is_first = False
             if left == 0 or not options.follow:
                 return
             over = is_over()
