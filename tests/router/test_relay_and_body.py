@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from baton.protocol.errors import RequestError
 from baton.protocol.hops import Resume, tokens_comment
 from baton.router.body import bootstrap_fields, parse_body, resume_field, rid_field, splice
-from baton.router.logprobs import StreamMerger, merge_answers
+from baton.router.logprobs import StreamMerger, merge_answers, needs_prefill
 from baton.router.relay import DONE_EVENT, StreamError, StreamRelay
 
 json_values = st.recursive(
@@ -170,6 +170,18 @@ def test_input_logprobs_of_prefill_come_first():
 
 def test_an_unreadable_prefill_answer_leaves_decode_alone():
     assert merge_answers(b"oops", b'{"meta_info":{}}') == b'{"meta_info":{}}'
+
+
+def test_an_answer_that_was_aborted_waits_for_no_prefill():
+    """Its other half may never have arrived there, and would be waited for until the bootstrap times out."""
+    aborted = {"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}}}
+    assert not needs_prefill(json.dumps(aborted).encode())
+    assert needs_prefill(json.dumps([aborted, answer([5])]).encode())
+    merger = StreamMerger()
+    event = b"data: " + json.dumps(aborted).encode() + b"\n\n"
+    assert merger.can_merge(event + DONE_EVENT)
+    assert merger.merge(event) == event
+    assert not merger.can_merge(b"data: " + json.dumps(answer([5], 0)).encode() + b"\n\n" + event)
 
 
 def test_stream_merge_uses_the_first_prefill_chunk_of_each_index():

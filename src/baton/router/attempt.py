@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from baton.protocol.hops import RETRYABLE_HEADER, STAGE_HEADER
 from baton.router.errors import error_of
 from baton.router.httpbytes import header
-from baton.router.logprobs import StreamMerger, merge_answers
+from baton.router.logprobs import StreamMerger, merge_answers, needs_prefill
 from baton.router.relay import MAX_EVENT_BYTES, StreamError, StreamRelay
 from baton.router.retry import Answer, Failure, Kind
 from baton.router.upstream import Upstream
@@ -285,8 +285,10 @@ class Attempt:
             self._emit(self.merger.merge(events))
         if self.stream_ended:
             self.settle(STREAMED)
-        elif self.answer is not None and (not self.wants_logprobs or self.prefill_done):
+        elif self.answer is not None:
             answer = self.answer
+            if self.wants_logprobs and not self.prefill_done and needs_prefill(answer.body):
+                return
             if self.wants_logprobs and self.prefill is not None:
                 answer = answer._replace(body=merge_answers(b"".join(self.prefill.body), answer.body))
             self.settle(answer)

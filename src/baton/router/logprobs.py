@@ -25,6 +25,15 @@ def merge_answers(prefill: bytes, decode: bytes) -> bytes:
     return _encode(ours)
 
 
+def needs_prefill(decode: bytes) -> bool:
+    """Whether a whole answer has to wait for the prefill's. What a user aborted may never have reached it."""
+    try:
+        answer = _decode(decode)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return any(not _was_aborted(one) for one in (answer if isinstance(answer, list) else [answer]))
+
+
 class StreamMerger:
     """The same for streams: the prefill's first chunk of each index goes before the input logprobs of every chunk."""
 
@@ -40,9 +49,10 @@ class StreamMerger:
                 self._first.setdefault(chunk.get("index", 0), chunk)
 
     def can_merge(self, events: bytes) -> bool:
-        """Whether the prefill's chunk is here for every index in `events`."""
+        """Whether the prefill's chunk is here for every index in `events`, or not to be waited for: see `needs_prefill`."""
         chunks = [chunk for event in events.split(b"\n\n") if (chunk := _chunk(event)) is not None]
-        return all(chunk.get("index", 0) in self._first for chunk in chunks if "meta_info" in chunk)
+        waiting = (chunk for chunk in chunks if "meta_info" in chunk and chunk.get("index", 0) not in self._first)
+        return all(_was_aborted(chunk) for chunk in waiting)
 
     def merge(self, events: bytes) -> bytes:
         """Whole events of the decode worker."""
@@ -68,6 +78,12 @@ def _chunk(event: bytes) -> dict[str, Any] | None:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return chunk if isinstance(chunk, dict) else None
+
+
+def _was_aborted(chunk: Any) -> bool:
+    meta = chunk.get("meta_info") if isinstance(chunk, dict) else None
+    finish = meta.get("finish_reason") if isinstance(meta, dict) else None
+    return isinstance(finish, dict) and finish.get("type") == "abort"
 
 
 def _prepend(mine: Any, other: Any) -> None:
