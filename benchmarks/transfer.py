@@ -78,7 +78,7 @@ def receiver(pipe: Connection, shape: tuple[int, int], slots_name: str, tokens: 
         if method in transfers:
             transfers[method].receive(room, "127.0.0.1", argument, 0, range(shape[0]), DEADLINE_S)
             event = next_event(transfers[method], wake)
-            assert transfers[method].session_modes() == {("127.0.0.1", argument): method}, event
+            assert transfers[method].session_modes() == {(("127.0.0.1", argument), 0): method}, event
         elif method == "plain tcp":
             view = memoryview(flat.data)[:argument]
             while view:
