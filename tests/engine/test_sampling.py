@@ -1,6 +1,5 @@
 """The sampler against exact probabilities and transformers' logits processors, and alone against in a batch."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ SAMPLER = Sampler()
 
 
 def row(**kw: Any) -> SampleRow:
-    names = {field.name for field in dataclasses.fields(SampleRow)}
+    names = {*SampleRow.__struct_fields__}
     own = {name: kw.pop(name) for name in list(kw) if name in names}
     defaults = {"seq_idx": 0, "position": 10, "seed": 1, "prompt_ids": [1, 2, 3], "output_ids": []}
     return SampleRow(sampling=SamplingParams(**kw), **(defaults | own))
