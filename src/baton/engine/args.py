@@ -79,7 +79,7 @@ class EngineArgs:
     max_running_requests: int | None = flag(None, "requests in one decode batch; none: as many as fit", kind=int, minimum=1)
     max_queued_requests: int | None = flag(None, "requests that may wait; more are answered 503; none: no bound; ignored with prefill-decode disaggregation", kind=int, minimum=1)
     max_total_tokens: int | None = flag(None, "KV pool size in tokens", kind=int, minimum=1)
-    chunked_prefill_size: int | None = flag(None, "tokens of one prefill step; -1: no chunking; none: 2048 on a CPU, 4096 on a GPU", kind=int, minimum=-1)
+    chunked_prefill_size: int | None = flag(None, "tokens of one prefill step; -1: no chunking; none: 2048 on a CPU, 4096 on a GPU, divided by the pipeline stages", kind=int, minimum=-1)
     max_prefill_tokens: int = flag(16384, "prompt tokens of one batch", minimum=1)
     schedule_policy: Literal["fcfs", "lpm", "random", "lof"] = flag("fcfs", "order of waiting requests (SGLang's dfs-weight and priority are not served; for priorities see --enable-priority-scheduling)", choices=("fcfs", "lpm", "random", "lof"))
     enable_priority_scheduling: bool = flag(False, "higher `priority` first; a running request is never preempted")
