@@ -5,15 +5,17 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tests.fakes.batches import PagedSequences, Query
 from tests.fakes.models import hf_model
 from tests.fakes.rank_group import PAGE_SIZE, WAIT_S, RankGroup, generate, random_prompts, single
 
 from baton.engine.args import engine_args
-from baton.engine.assemble import max_running_requests
+from baton.engine.assemble import max_running_requests, scheduler_config
 from baton.engine.batch import ForwardBatch, PromptLogprobsRow, SampleRow
 from baton.engine.distributed.connect import COLLECTIVE
 from baton.engine.kernels.native import load_kernels
+from baton.engine.models.config import load_config
 from baton.engine.runner import run_step
 from baton.protocol.rank import TokenLogprobs
 from baton.protocol.sampling import SamplingParams
@@ -94,6 +96,22 @@ def next_step(sequences: PagedSequences, seq: int, step: int) -> ForwardBatch:
 def test_a_bound_of_micro_batches_bounds_what_runs(flags: str, depth: int, expected: int) -> None:
     """Those that decode are spread over `depth` steps."""
     assert max_running_requests(engine_args(["--model", "m", *flags.split()]), depth) == expected
+
+
+def test_the_chunks_in_flight_are_together_what_one_stage_has_unless_the_flag_says(model: Path) -> None:
+    config = load_config(model)
+    found = [
+        scheduler_config(
+            engine_args(["--model", "m", *flags]), config, 64, torch.device("cpu"), depth
+        ).chunked_prefill_size
+        for flags, depth in (
+            ([], 1),
+            ([], 2),
+            (["--chunked-prefill-size", "4096"], 2),
+            (["--chunked-prefill-size", "-1"], 2),
+        )
+    ]
+    assert found == [2048, 1024, 4096, None]
 
 
 def prompt_batch(prompt: list[int]) -> ForwardBatch:

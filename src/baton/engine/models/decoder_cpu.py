@@ -116,9 +116,8 @@ class CpuDecoder:
             residual, delta = residual[picked], delta[picked]
         left = residual + delta
         if self._exchange is not None:
-            self._kernels.bt_exchange_meet(
-                self._exchange
-            )  # no rank may write the next `delta` before all have read this one
+            # No rank may write the next `delta` before all have read this one.
+            self._kernels.bt_exchange_meet(self._exchange)
         return left
 
     def _enter(self, shared: "_Shared", hidden: torch.Tensor) -> None:
