@@ -33,6 +33,8 @@ from load import Timing, burst, random_prompts
 from machine import measure_limits, roofline
 
 PROMPT_LEN, NEW_TOKENS, CONCURRENCY = 512, 128, (1, 8, 32)
+POOL_TOKENS = 49152
+"""Of each engine of ours: unset, it depends on the memory that the servers before it left. A round's prompts fit, whatever came before."""
 LONG_PROMPT_LEN = 6144
 READY_TIMEOUT_S = 180
 
@@ -128,6 +130,11 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
+def worker_command(model: Path, port: int) -> list[str]:
+    command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)]
+    return [*command, "--max-total-tokens", str(POOL_TOKENS)]
+
+
 def start_ours(model: Path) -> Server:
     return start_ranks(model, "baton", 1, 1, "auto")
 
@@ -135,7 +142,7 @@ def start_ours(model: Path) -> Server:
 def start_ranks(model: Path, name: str, tp_size: int, pp_size: int, collective: str) -> Server:
     """One worker of `tp_size` rank processes in each of `pp_size` stages, which share the cores."""
     port = free_port()
-    command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)]
+    command = worker_command(model, port)
     environment = {"BATON_RANKS_PER_HOST": str(tp_size * pp_size), "BATON_COLLECTIVE": collective}
     return Server(name, [*command, "--tp-size", str(tp_size), "--pp-size", str(pp_size)], port, environment)
 
@@ -143,7 +150,7 @@ def start_ranks(model: Path, name: str, tp_size: int, pp_size: int, collective: 
 def start_engines(model: Path, dp_size: int) -> Server:
     """One worker of `dp_size` engines with a rank each, which share the cores. A repeated prompt goes where it went: it is cached there."""
     port = free_port()
-    command = [sys.executable, "-m", "baton.cli", "engine", "--model-path", str(model), "--port", str(port)]
+    command = worker_command(model, port)
     environment = {"BATON_RANKS_PER_HOST": str(dp_size)}
     flags = ["--dp-size", str(dp_size), "--load-balance-method", "cache_aware"]
     return Server(f"dp{dp_size}", [*command, *flags], port, environment)
